@@ -1,0 +1,109 @@
+"""Backbones, one file per model family; `load` finds the right one for a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ditflow.backbones.revision import folder_revision
+from ditflow.settings import ExecutionSettings, ModelDefaults
+
+if TYPE_CHECKING:
+    from ditflow.backbones.base import Backbone
+
+MINI = ("mini", "mini-rotary", "mini-additive")
+"""Names of the embedded tiny models; `mini` is the rotary one."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelNotFoundError(ValueError):
+    """There is no loadable model at a path, or it may not be downloaded."""
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    execution: ExecutionSettings | None = None,
+    download: bool = False,
+) -> Backbone:
+    """Load a video diffusion transformer: `mini`, a diffusers folder, or a hub id.
+
+    dtype: float32, bfloat16, float16, or auto: 32 bits on a CPU; on a GPU what the model was released in.
+    device: cpu, cuda, cuda:1, or auto. download: whether a hub id may be fetched (tens of gigabytes).
+    Raises ModelNotFoundError. Only safetensors are read, and no code of the model's folder is run.
+    """
+    folder = find_model(path, download=download)
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    from ditflow.backbones import cogvideox
+
+    family = {"CogVideoXPipeline": cogvideox}.get(_pipeline_class(folder))
+    if family is None:
+        raise ModelNotFoundError(
+            f"{folder} holds a {_pipeline_class(folder)}, which no backbone here can run; valid: CogVideoXPipeline"
+        )
+    precision = family.release_dtype(folder, target) if dtype == "auto" else _dtype(dtype)
+    return family.load(
+        folder,
+        name=path,
+        revision=folder_revision(folder),
+        dtype=precision,
+        device=target,
+        defaults=_own_defaults(folder),
+        execution=execution,
+    )
+
+
+def find_model(path: str, *, download: bool = False) -> Path:
+    """Return the local folder of a model; ModelNotFoundError says what was looked for, and what to do."""
+    if path in MINI:
+        from ditflow.mini import mini_folder
+
+        return mini_folder(path)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _hub_folder(path, download)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFoundError(
+            f"{folder} is no diffusers model folder: it has no model_index.json. Pass the folder that was written "
+            "by save_pretrained or by a hub download."
+        )
+    return folder
+
+
+def _hub_folder(path: str, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=not download))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelNotFoundError(
+            f"model {path!r} is neither a folder here, nor in the local hub cache, nor one of {', '.join(MINI)}. "
+            "Check the path, or allow the download (model.download: true, or load(..., download=True))."
+        ) from error
+
+
+def _pipeline_class(folder: Path) -> str:
+    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: {name!r} is not valid: expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _own_defaults(folder: Path) -> ModelDefaults | None:
+    """Return the defaults that a model folder carries in `ditflow.json`, if it does."""
+    file = folder / "ditflow.json"
+    if not file.is_file():
+        return None
+    values: dict[str, Any] = json.loads(file.read_text())
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return ModelDefaults(**(values | tuples))

@@ -1,0 +1,438 @@
+"""CogVideoX 2B, 5B and 1.5 (and any diffusers folder of their classes).
+
+The model's own forward pass runs untouched. Three things are put around it for the length of one pass: our attention
+processor on every block, our position embedding in place of the one that the patch embedding would add (2B), and
+a checkpointing function that leaves the captured blocks alone. All are taken away again, whatever happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.utils.logging import disable_progress_bar
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ditflow.settings import ExecutionSettings, ModelDefaults
+from ditflow.types import KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+
+_RELEASED = {
+    # (layers, rotary): CogVideoX-2B and CogVideoX-5B, guidance blocks of the paper's appendix
+    (30, False): ModelDefaults(blocks=(15,)),
+    (42, True): ModelDefaults(blocks=(20,), dynamic_guidance_scale=True),
+}
+# What one block keeps for its backward pass, in tensors of S x D: 3 norms, query, key, value, attention output and
+# its projection, and twice the four-fold feed-forward; measured by `make bench`.
+_ACTIVATIONS_PER_BLOCK = 20
+# Peak bytes of the VAE's decoder per pixel of a frame while it decodes eight frames at once, in 16 bits.
+_DECODER_BYTES_PER_PIXEL = 64 * 1024
+
+
+def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """Return the precision the model was released in (2B: float16, 5B: bfloat16), and float32 on a CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
+    """Load a diffusers folder; `identity` goes to `CogVideoX`."""
+    disable_progress_bar()
+    pipeline = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return CogVideoX(pipeline.to(device), **identity)
+
+
+class CogVideoX:
+    """A CogVideoX model as a `Backbone`: frozen, in evaluation mode, with nothing of ours left in it between passes."""
+
+    def __init__(
+        self,
+        pipeline: CogVideoXPipeline,
+        *,
+        name: str,
+        revision: str,
+        defaults: ModelDefaults | None = None,
+        execution: ExecutionSettings | None = None,
+    ):
+        self.name, self.revision = name, revision
+        self.pipeline, self.transformer, self.vae = pipeline, pipeline.transformer, pipeline.vae
+        for module in (self.transformer, self.vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+        self.device, self.dtype = self.transformer.device, self.transformer.dtype
+        config = self.transformer.config
+        self._rotary = bool(config.use_rotary_positional_embeddings)
+        self._patch, self._temporal_patch = config.patch_size, config.patch_size_t or 1
+        self._spatial, self._temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+        half_depth = ModelDefaults(blocks=(config.num_layers // 2,), dynamic_guidance_scale=self._rotary)
+        self.defaults = defaults or _RELEASED.get((config.num_layers, self._rotary), half_depth)
+        self.execution = self._settle_execution(execution or ExecutionSettings())
+
+    # ------------------------------------------------------------------ geometry
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape [1, F, C, height, width] of a clip's latents; ValueError for a size that the model cannot do."""
+        multiple = self._spatial * self._patch
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels < multiple or pixels % multiple:
+                near = max(multiple, round(pixels / multiple) * multiple)
+                raise ValueError(
+                    f"{side}: {pixels} is not valid: {self.name} needs a multiple of {multiple} (VAE {self._spatial} "
+                    f"x patch {self._patch}); the nearest is {near}"
+                )
+        channels = self.transformer.config.in_channels
+        return (1, self._latent_frames(frames), channels, height // self._spatial, width // self._spatial)
+
+    def _latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip, with the padding that a temporal patch asks for."""
+        if frames < 2 or not (frames % self._temporal == 1 or frames % (2 * self._temporal) == 0):
+            below = max(frames - 1, 4) // self._temporal * self._temporal + 1
+            raise ValueError(
+                f"frames: {frames} is not valid: {self.name}'s VAE takes 4k + 1 frames or a multiple of 8; "
+                f"near are {below} and {below + self._temporal}"
+            )
+        latent_frames = -(-frames // self._temporal)
+        return -(-latent_frames // self._temporal_patch) * self._temporal_patch
+
+    def grid(self, latents: Tensor) -> TokenGrid:
+        """Return the token grid that these latents fill."""
+        _, frames, _, height, width = latents.shape
+        return TokenGrid(frames // self._temporal_patch, height // self._patch, width // self._patch)
+
+    def default_position(self, grid: TokenGrid) -> PositionEmbedding:
+        """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D]."""
+        latent_size = (grid.height * self._patch, grid.width * self._patch)
+        if self._rotary:
+            height, width = (side * self._spatial for side in latent_size)
+            frames = grid.frames * self._temporal_patch
+            # The pipeline's own method: grid crops (1.0) and slices (1.5) are its business.
+            prepare = self.pipeline._prepare_rotary_positional_embeddings
+            cos, sin = (part.float() for part in prepare(height, width, frames, self.device))
+            return {"query_cos": cos, "query_sin": sin, "key_cos": cos.clone(), "key_sin": sin.clone()}
+        embed = self.transformer.patch_embed
+        pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
+        joint = embed._get_positional_embeddings(*latent_size, pixel_frames, device=self.device)
+        return {"additive": joint[0, embed.max_text_seq_length :].float()}
+
+    # ------------------------------------------------------------------ pixels and words
+
+    @torch.no_grad()
+    def encode_video(self, video: np.ndarray) -> Tensor:
+        """Scaled mean latents [1, F, C, h, w] fp32 of a uint8 video [T, H, W, 3] (the mean, not a sample)."""
+        shape = self.latent_shape(*video.shape[:3])
+        pixels = torch.from_numpy(video).to(self.device, torch.float32).div(127.5).sub(1)
+        moments = self.vae.encode(pixels.permute(3, 0, 1, 2)[None].to(self.vae.dtype)).latent_dist
+        latents = (moments.mode().float() * self.vae.config.scaling_factor).permute(0, 2, 1, 3, 4)
+        missing = shape[1] - latents.shape[1]
+        return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, frames: int) -> np.ndarray:
+        """Decode to uint8 [T, H, W, 3].
+
+        The last `frames` frames count: padding for a temporal patch stands in front, and the VAE's decoder gives
+        the first latent four frames instead of one when the number of latent frames is even.
+        """
+        wanted = -(-frames // self._temporal)
+        scaled = latents[:, latents.shape[1] - wanted :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
+        video = self.vae.decode(scaled.to(self.vae.dtype)).sample[0].float()
+        pixels = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(1, 2, 3, 0)[-frames:].cpu().numpy()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Text embeddings [1, L, text dim] in the model's precision."""
+        length = self.transformer.config.max_text_seq_length
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
+        )
+        return embeds.to(self.dtype)
+
+    def solver(self, steps: int) -> _Solver:
+        """Return a fresh solver for a run of `steps`."""
+        return _Solver(self.pipeline.scheduler, steps, self.device)
+
+    # ------------------------------------------------------------------ passes through the transformer
+
+    @torch.no_grad()
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: int,
+        embeds: Sequence[Tensor],
+        position: PositionEmbedding,
+        injected: KeysValues | None = None,
+    ) -> list[Tensor]:
+        """v-prediction for each text embedding, fp32: in one batch or one after the other, as execution says."""
+        batches = list(embeds) if self.execution.cfg == "serial" else [torch.cat(list(embeds))]
+        hooks = _PassHooks(position, injected=injected)
+        predictions = [self._forward(hooks, latents, timestep, batch) for batch in batches]
+        return list(torch.cat(predictions).float().split(1))
+
+    def capture(
+        self,
+        latents: Tensor,
+        timestep: int,
+        embeds: Tensor,
+        blocks: Sequence[int],
+        position: PositionEmbedding,
+        injected: KeysValues | None = None,
+    ) -> dict[int, QueriesKeys]:
+        """Queries and keys of `blocks`, differentiable in the latents and the position; stops at the last block."""
+        depth = len(self.transformer.transformer_blocks)
+        if max(blocks) >= depth:
+            raise ValueError(f"blocks: {max(blocks)} is not valid: {self.name} has blocks 0 to {depth - 1}")
+        hooks = _PassHooks(position, injected=injected, capture=frozenset(blocks), stop_at=max(blocks))
+        self._forward(hooks, latents, timestep, embeds)
+        return hooks.captured
+
+    @torch.no_grad()
+    def first_keys_values(self, latents: Tensor, timestep: int, embeds: Tensor) -> KeysValues:
+        """Block 0's keys and values of the video tokens: patch embedding, norm and two projections."""
+        hooks = _PassHooks(self.default_position(self.grid(latents)), stop_at_first_keys_values=True)
+        self._forward(hooks, latents, timestep, embeds)
+        assert hooks.keys_values is not None, "block 0 was not reached"
+        return hooks.keys_values
+
+    def _forward(self, hooks: _PassHooks, latents: Tensor, timestep: int, embeds: Tensor) -> Tensor:
+        """One pass; the output is empty when a hook stopped it."""
+        batch = embeds.shape[0]
+        with self._installed(hooks):
+            try:
+                return self.transformer(
+                    hidden_states=latents.to(self.dtype).expand(batch, -1, -1, -1, -1),
+                    encoder_hidden_states=embeds,
+                    timestep=torch.full((batch,), timestep, device=self.device),
+                    image_rotary_emb=hooks.position if self._rotary else None,
+                    return_dict=False,
+                )[0]
+            except _PassEnded:
+                return latents.new_empty(0)
+
+    @contextmanager
+    def _installed(self, hooks: _PassHooks) -> Iterator[None]:
+        """Put the hooks around the model's forward pass, and leave the model as it was."""
+        with ExitStack() as stack:
+            for index in range(len(self.transformer.transformer_blocks)):
+                stack.enter_context(self._hooked_block(index, hooks))
+            stack.enter_context(self._own_additive_position(hooks.position))
+            stack.enter_context(self._checkpointed(hooks))
+            yield
+
+    @contextmanager
+    def _hooked_block(self, index: int, hooks: _PassHooks) -> Iterator[None]:
+        """Let one block attend by our processor."""
+        attention = self.transformer.transformer_blocks[index].attn1
+        original = attention.processor
+        attention.set_processor(_BlockAttention(index, hooks, self.execution.attention_backend))
+        try:
+            yield
+        finally:
+            attention.set_processor(original)
+
+    @contextmanager
+    def _own_additive_position(self, position: PositionEmbedding) -> Iterator[None]:
+        """Add `position` to the video tokens in place of the model's own additive embedding."""
+        if self._rotary:
+            yield
+            return
+        embed = self.transformer.patch_embed
+
+        def add_position(_: Any, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+            text_tokens = inputs[0].shape[1]
+            video = tokens[:, text_tokens:] + position["additive"].to(tokens.dtype)
+            return torch.cat([tokens[:, :text_tokens], video], dim=1)
+
+        handle = embed.register_forward_hook(add_position)
+        embed.use_positional_embeddings = False
+        try:
+            yield
+        finally:
+            embed.use_positional_embeddings = True
+            handle.remove()
+
+    @contextmanager
+    def _checkpointed(self, hooks: _PassHooks) -> Iterator[None]:
+        """Recompute the activations of every block that is not captured, if this pass needs it."""
+        if not (torch.is_grad_enabled() and self._must_checkpoint(hooks)):
+            yield
+            return
+        index_of = {id(block): index for index, block in enumerate(self.transformer.transformer_blocks)}
+
+        def run(block: Any, *args: Any) -> Any:
+            index = index_of[id(block)]
+            if index in hooks.capture:
+                return block(*args)
+
+            def hooked(*inputs: Any) -> Any:
+                # The backward pass comes when the model is back to normal, and must see the same attention.
+                with self._hooked_block(index, hooks):
+                    return block(*inputs)
+
+            return checkpoint(hooked, *args, use_reentrant=False)
+
+        self.transformer.enable_gradient_checkpointing(run)
+        try:
+            yield
+        finally:
+            self.transformer.disable_gradient_checkpointing()
+
+    # ------------------------------------------------------------------ memory
+
+    def _must_checkpoint(self, hooks: _PassHooks) -> bool:
+        if self.execution.checkpointing != "auto":
+            return self.execution.checkpointing == "on"
+        if self.device.type != "cuda":
+            return False
+        tokens = next(iter(hooks.position.values())).shape[0] + self.transformer.config.max_text_seq_length
+        inner = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
+        return per_block * ((hooks.stop_at or 0) + 1) > 0.8 * _free_memory(self.device)
+
+    def _settle_execution(self, asked: ExecutionSettings) -> ExecutionSettings:
+        """Decide every `auto` that is one decision for the model's whole life, and apply it."""
+        roomy = self.device.type != "cuda" or _free_memory(self.device) > self._decoder_bytes()
+        tiling = ("off" if roomy else "on") if asked.vae_tiling == "auto" else asked.vae_tiling
+        cfg = ("batched" if roomy else "serial") if asked.cfg == "auto" else asked.cfg
+        checkpointing = asked.checkpointing
+        if checkpointing == "auto" and self.device.type != "cuda":
+            checkpointing = "off"
+        self.vae.enable_tiling() if tiling == "on" else self.vae.disable_tiling()
+        return replace(asked, vae_tiling=tiling, cfg=cfg, checkpointing=checkpointing)
+
+    def _decoder_bytes(self) -> int:
+        config = self.transformer.config
+        pixels = config.sample_height * config.sample_width * self._spatial**2
+        return pixels * _DECODER_BYTES_PER_PIXEL
+
+
+class _Solver:
+    """A copy of the model's noise scheduler, with DPM's memory of the previous step."""
+
+    def __init__(self, scheduler: Any, steps: int, device: torch.device):
+        self._scheduler = copy.deepcopy(scheduler)
+        self._scheduler.set_timesteps(steps, device=device)
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self._previous_sample: Tensor | None = None
+
+    def step(self, prediction: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the latents of the next step."""
+        timestep = self.timesteps[step]
+        if not isinstance(self._scheduler, CogVideoXDPMScheduler):
+            return self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        previous_timestep = self.timesteps[step - 1] if step > 0 else None
+        latents, self._previous_sample = self._scheduler.step(
+            prediction,
+            self._previous_sample,
+            timestep,
+            previous_timestep,
+            latents,
+            generator=generator,
+            return_dict=False,
+        )
+        return latents
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Return clean latents noised to a timestep."""
+        return self._scheduler.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
+
+
+class _PassEnded(Exception):
+    """All that this pass was for has been computed."""
+
+
+@dataclass
+class _PassHooks:
+    """What one pass changes in the attention, and what it hands out."""
+
+    position: PositionEmbedding
+    injected: KeysValues | None = None
+    capture: frozenset[int] = frozenset()
+    stop_at: int | None = None
+    stop_at_first_keys_values: bool = False
+    captured: dict[int, QueriesKeys] = field(default_factory=dict)
+    keys_values: KeysValues | None = None
+
+
+class _BlockAttention:
+    """One block's joint text and video attention, for the length of one pass.
+
+    The same attention as diffusers' processor, with position embeddings for queries and keys apart, written out of
+    place (slice assignment breaks the gradient), and with the hooks.
+    """
+
+    def __init__(self, block: int, hooks: _PassHooks, backend: str):
+        self._block, self._hooks, self._backend = block, hooks, backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        image_rotary_emb: PositionEmbedding | None = None,
+        attention_mask: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert attention_mask is None, "CogVideoX attends without a mask"
+        if self._hooks.stop_at_first_keys_values:
+            self._hooks.keys_values = KeysValues(attn.to_k(hidden_states), attn.to_v(hidden_states))
+            raise _PassEnded
+        text_tokens = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        injected = self._hooks.injected if self._block == 0 else None
+        query = _split_heads(attn, attn.to_q(tokens), attn.norm_q)
+        key = _split_heads(attn, _inject(attn.to_k(tokens), injected, "key"), attn.norm_k)
+        if image_rotary_emb is not None:
+            query = _rotate_video(query, image_rotary_emb, "query", text_tokens)
+            key = _rotate_video(key, image_rotary_emb, "key", text_tokens)
+        self._hand_out(query, key, text_tokens)
+        value = _split_heads(attn, _inject(attn.to_v(tokens), injected, "value"), None)
+        attended = dispatch_attention_fn(query, key, value, backend=self._backend)
+        output = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
+        return output[:, text_tokens:], output[:, :text_tokens]
+
+    def _hand_out(self, query: Tensor, key: Tensor, text_tokens: int) -> None:
+        """Keep what this pass is for; end it when nothing more is needed."""
+        if self._block in self._hooks.capture:
+            video_query, video_key = (part[0, text_tokens:].flatten(1) for part in (query, key))
+            self._hooks.captured[self._block] = QueriesKeys(video_query, video_key, heads=query.shape[2])
+        if self._block == self._hooks.stop_at:
+            raise _PassEnded
+
+
+def _split_heads(attn: Any, tokens: Tensor, norm: Any) -> Tensor:
+    """[B, L, D] -> [B, L, H, d], normalised per head."""
+    heads = tokens.unflatten(2, (attn.heads, -1))
+    return heads if norm is None else norm(heads)
+
+
+def _rotate_video(tokens: Tensor, position: PositionEmbedding, part: str, text_tokens: int) -> Tensor:
+    """Rotate the video tokens of [B, L, H, d]; text tokens have no position."""
+    rotation = (position[f"{part}_cos"], position[f"{part}_sin"])
+    video = apply_rotary_emb(tokens[:, text_tokens:], rotation, sequence_dim=1)
+    return torch.cat([tokens[:, :text_tokens], video], dim=1)
+
+
+def _inject(tokens: Tensor, injected: KeysValues | None, part: Literal["key", "value"]) -> Tensor:
+    """Replace the video tokens at the end of [B, L, D] by the reference's [1, S, D]."""
+    if injected is None:
+        return tokens
+    video: Tensor = getattr(injected, part)
+    text = tokens[:, : tokens.shape[1] - video.shape[1]]
+    return torch.cat([text, video.expand(len(tokens), -1, -1)], dim=1)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes a new allocation can use: free on the device, plus what torch holds in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

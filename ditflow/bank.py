@@ -1,0 +1,96 @@
+"""Motion banks: learned position embeddings, kept for reuse with other prompts (paper, section 3.4)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ditflow.artifact import ArtifactError, read_artifact, write_artifact
+from ditflow.types import PositionEmbedding, TokenGrid
+
+_KIND, _FORMAT = "motion bank", 1
+
+
+class BankMismatchError(ValueError):
+    """A motion bank was learned for another model, grid or schedule."""
+
+
+@dataclass(frozen=True)
+class BankHeader:
+    """Everything that a bank's embeddings depend on, and where they come from."""
+
+    model: str
+    model_revision: str
+    grid: tuple[int, int, int]
+    steps: int
+    timesteps: tuple[int, ...]
+    method: dict[str, Any]
+    prompt: str = ""
+    losses: tuple[tuple[float, ...], ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MotionBank:
+    """One position embedding for every guided step, first step first.
+
+    latents: the reference's latents [1, F, C, h, w], with which reuse can inject keys and values, or None.
+    """
+
+    header: BankHeader
+    positions: tuple[PositionEmbedding, ...]
+    latents: Tensor | None = None
+
+    def check_fits(self, revision: str, grid: TokenGrid, steps: int) -> None:
+        """Raise BankMismatchError unless this bank was learned for this model, grid and number of steps."""
+        bank_grid = TokenGrid(*self.header.grid)
+        for what, own, wanted in (
+            ("model revision", f"{self.header.model_revision} ({self.header.model})", revision),
+            ("token grid", str(bank_grid), str(grid)),
+            ("number of denoising steps", str(self.header.steps), str(steps)),
+        ):
+            if own.split(" ")[0] != wanted:
+                raise BankMismatchError(
+                    f"this motion bank's {what} is {own}, the generation's is {wanted}. Learned positions serve only "
+                    "the setting they were learned in: change the setting, or build a bank for it."
+                )
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors."""
+        tensors = {f"step.{s}.{part}": t for s, position in enumerate(self.positions) for part, t in position.items()}
+        if self.latents is not None:
+            tensors["latents"] = self.latents
+        return write_artifact(_KIND, _FORMAT, asdict(self.header), tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "motion bank") -> MotionBank:
+        """Read what `to_bytes` wrote; ArtifactError for anything else."""
+        values, tensors = read_artifact(_KIND, _FORMAT, data, name)
+        header = _header(values, name)
+        positions: list[PositionEmbedding] = [{} for _ in header.timesteps]
+        for key, tensor in tensors.items():
+            if key != "latents":
+                _, step, part = key.split(".", 2)
+                positions[int(step)][part] = tensor
+        return cls(header, tuple(positions), tensors.get("latents"))
+
+    @classmethod
+    def read_header(cls, data: bytes, name: str = "motion bank") -> BankHeader:
+        """Read the header of a serialised bank, checked like the whole."""
+        return cls.from_bytes(data, name).header
+
+
+def _header(values: dict[str, Any], name: str) -> BankHeader:
+    fields = {key: value for key, value in values.items() if key not in ("kind", "format")}
+    try:
+        header = BankHeader(**fields)
+    except TypeError as error:
+        raise ArtifactError(f"{name} has an incomplete or unknown motion bank header: {error}") from error
+    tuples = {
+        "grid": tuple(header.grid),
+        "timesteps": tuple(header.timesteps),
+        "losses": tuple(map(tuple, header.losses)),
+    }
+    return BankHeader(**{**fields, **tuples})

@@ -1,0 +1,102 @@
+"""The sampling loop: classifier-free guidance, motion guidance, injection and bank reuse, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditflow.backbones.base import Backbone
+from ditflow.guidance import Guidance, Steered
+from ditflow.settings import SamplingSettings
+from ditflow.types import PositionEmbedding, StepRecord
+
+OnStep = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents behind the last step that was run, with the record and, if guided, the position of every step."""
+
+    latents: Tensor
+    records: list[StepRecord]
+    positions: list[PositionEmbedding]
+    timesteps: list[int]
+
+
+@torch.no_grad()
+def denoise(
+    backbone: Backbone,
+    latents: Tensor,
+    embeds: Sequence[Tensor],
+    sampling: SamplingSettings,
+    generator: torch.Generator,
+    guidance: Guidance | None = None,
+    last_step: int | None = None,
+    on_step: OnStep | None = None,
+) -> Denoised:
+    """Sample from initial latents [1, F, C, h, w] (fp32) with resolved settings.
+
+    embeds: text embeddings of the prompt and, for classifier-free guidance, of the negative prompt.
+    last_step: stop behind this many steps (learning a bank needs no more than the guided ones).
+    """
+    assert sampling.steps is not None, "resolve() first"
+    solver = backbone.solver(sampling.steps)
+    default_position = backbone.default_position(backbone.grid(latents))
+    timesteps = [int(timestep) for timestep in solver.timesteps[:last_step]]
+    guided_steps = guidance.guided_steps if guidance is not None else 0
+    records: list[StepRecord] = []
+    positions: list[PositionEmbedding] = []
+    for step, timestep in enumerate(timesteps):
+        started = time.perf_counter()
+        injected, steered = None, Steered(latents, default_position, [])
+        if guidance is not None and step < guided_steps:
+            warm_start = positions[-1] if positions else default_position
+            injected = guidance.injected(solver, timestep)
+            steered = guidance.steer(step, timestep, latents, warm_start, injected)
+            positions.append(steered.position)
+        steered_at = time.perf_counter()
+        predictions = backbone.predict(steered.latents, timestep, embeds, steered.position, injected)
+        scale = guidance_scale(sampling, timestep)
+        latents = solver.step(_classifier_free(predictions, scale), step, steered.latents, generator)
+        records.append(_record(step, timestep, scale, steered, started, steered_at))
+        if on_step is not None:
+            on_step(records[-1])
+    return Denoised(latents, records, positions, timesteps)
+
+
+def guidance_scale(sampling: SamplingSettings, timestep: int) -> float:
+    """Classifier-free guidance scale of a step.
+
+    The dynamic scale is diffusers' formula for CogVideoX-5B, which mixes the raw timestep with the number of steps;
+    published results were made with it.
+    """
+    assert sampling.guidance_scale is not None and sampling.steps is not None, "resolve() first"
+    if not sampling.dynamic_guidance_scale or sampling.guidance_scale == 1:
+        return sampling.guidance_scale
+    progress = ((sampling.steps - timestep) / sampling.steps) ** 5
+    return 1 + sampling.guidance_scale * (1 - math.cos(math.pi * progress)) / 2
+
+
+def _classifier_free(predictions: Sequence[Tensor], scale: float) -> Tensor:
+    """Move from the negative prompt's prediction through the prompt's."""
+    if len(predictions) == 1:
+        return predictions[0]
+    prompted, unprompted = predictions
+    return unprompted + scale * (prompted - unprompted)
+
+
+def _record(step: int, timestep: int, scale: float, steered: Steered, started: float, steered_at: float) -> StepRecord:
+    return StepRecord(
+        step=step,
+        timestep=timestep,
+        guidance_scale=scale,
+        learning_rate=steered.learning_rate,
+        losses=steered.losses,
+        seconds_guidance=steered_at - started,
+        seconds_denoise=time.perf_counter() - steered_at,
+    )

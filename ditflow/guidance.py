@@ -1,0 +1,116 @@
+"""The guided steps: one optimiser loop, for latents and for position embeddings (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditflow.backbones.base import Backbone, Solver
+from ditflow.bank import MotionBank
+from ditflow.losses import MOTION_LOSSES
+from ditflow.reference import MotionReference
+from ditflow.settings import MethodSettings
+from ditflow.types import KeysValues, NonFiniteLossError, PositionEmbedding
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a guided step hands to its denoising: latents, position, and the loss of every iteration."""
+
+    latents: Tensor
+    position: PositionEmbedding
+    losses: list[float]
+    learning_rate: float | None = None
+
+
+def optimise(
+    variables: Iterable[Tensor], loss_of: Callable[[], Tensor], learning_rate: float, iterations: int
+) -> list[float]:
+    """Minimise `loss_of()` over `variables` in place with a new Adam; return the loss before each update.
+
+    Raises NonFiniteLossError at once when a loss is NaN or infinite.
+    """
+    variables = list(variables)
+    optimiser = torch.optim.Adam(variables, lr=learning_rate)
+    losses: list[float] = []
+    for _ in range(iterations):
+        optimiser.zero_grad()
+        loss = loss_of()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise NonFiniteLossError(
+                f"the guidance loss became {losses[-1]} in iteration {len(losses)}. Usual cause: 16-bit overflow or "
+                "a learning rate far too high; try model.dtype: float32 or a smaller method.learning_rate."
+            )
+        loss.backward(inputs=variables)
+        optimiser.step()
+    return losses
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What steers the first `guided_steps` denoising steps towards a reference's motion.
+
+    `method` is resolved. With a `bank` nothing is optimised: its positions are used as they are.
+    """
+
+    backbone: Backbone
+    method: MethodSettings
+    guided_steps: int
+    prompt_embeds: Tensor
+    reference: MotionReference | None = None
+    bank: MotionBank | None = None
+    initial_noise: Tensor | None = None
+
+    def injected(self, solver: Solver, timestep: int) -> KeysValues | None:
+        """Block 0's keys and values of the reference, noised to this timestep with the initial noise."""
+        latents = self.reference.latents if self.reference is not None else None
+        if not self.method.injects or latents is None:
+            return None
+        assert self.initial_noise is not None, "injection noises the reference with the initial noise"
+        noised = solver.add_noise(latents.to(self.initial_noise), self.initial_noise, timestep)
+        return self.backbone.first_keys_values(noised, timestep, self.prompt_embeds)
+
+    def steer(
+        self,
+        step: int,
+        timestep: int,
+        latents: Tensor,
+        position: PositionEmbedding,
+        injected: KeysValues | None,
+    ) -> Steered:
+        """Optimise the latents or the position of one guided step, or take the bank's position."""
+        if self.bank is not None:
+            stored = self.bank.positions[step]
+            return Steered(latents, {part: value.to(latents.device) for part, value in stored.items()}, [])
+        if self.method.loss is None:
+            return Steered(latents, position, [])
+        assert self.method.iterations is not None, "resolve() first"
+        rate = self.method.learning_rates(self.guided_steps)[step]
+        if self.method.optimize == "latent":
+            latents = latents.detach().clone().requires_grad_()
+            variables = [latents]
+        else:
+            position = {part: value.detach().clone().requires_grad_() for part, value in position.items()}
+            variables = list(position.values())
+        with torch.enable_grad():
+            losses = optimise(
+                variables,
+                lambda: self._loss(timestep, latents, position, injected),
+                rate,
+                self.method.iterations,
+            )
+        return Steered(latents.detach(), {part: v.detach() for part, v in position.items()}, losses, rate)
+
+    def _loss(self, timestep: int, latents: Tensor, position: PositionEmbedding, injected: KeysValues | None) -> Tensor:
+        """Motion loss of the video in the making, averaged over the guidance blocks."""
+        assert self.method.loss is not None and self.method.blocks is not None and self.reference is not None
+        loss = MOTION_LOSSES[self.method.loss].from_settings(self.method)
+        blocks = self.method.blocks
+        captured = self.backbone.capture(latents, timestep, self.prompt_embeds, blocks, position, injected)
+        grid = self.backbone.grid(latents)
+        return torch.stack([loss(captured[b], self.reference.payloads[b], grid) for b in blocks]).mean()

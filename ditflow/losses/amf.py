@@ -1,0 +1,53 @@
+"""DiTFlow's loss: mean squared difference of two attention motion flows (paper, equations 5 to 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ditflow import amf
+from ditflow.losses.base import Payload
+from ditflow.types import QueriesKeys, StaticReferenceError, TokenGrid
+
+if TYPE_CHECKING:
+    from ditflow.settings import MethodSettings
+
+
+@dataclass(frozen=True)
+class AttentionMotionFlowLoss:
+    """The reference's hard displacement against the generated video's soft displacement, in patches squared.
+
+    entries: `nonzero` compares the entries in which the reference moves, `all` compares every entry.
+    """
+
+    temperature: float = 2.0
+    entries: Literal["nonzero", "all"] = "nonzero"
+
+    name: ClassVar[str] = "ditflow"
+    captures: ClassVar[Literal["queries_keys"]] = "queries_keys"
+
+    @classmethod
+    def from_settings(cls, method: MethodSettings) -> AttentionMotionFlowLoss:
+        """Return the loss that resolved settings describe."""
+        assert method.temperature is not None, "resolve() first"
+        return cls(temperature=method.temperature, entries=method.loss_entries)
+
+    def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:
+        """Return {"displacement": int8 [F, F, P, 2]}; StaticReferenceError if nothing moves at all."""
+        displacement = amf.hard_displacement(capture, grid)
+        if self.entries == "nonzero" and not displacement.any():
+            raise StaticReferenceError(
+                "the reference's attention motion flow is zero everywhere: there is no motion to transfer. Choose a "
+                "longer range of frames or a larger stride, or compare all entries (loss_entries: all)."
+            )
+        return {"displacement": displacement.cpu()}
+
+    def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
+        """Return the mean squared difference over the chosen entries."""
+        target = payload["displacement"].to(capture.query.device)
+        generated = amf.soft_displacement(capture, grid, self.temperature)
+        squared = (generated - target).square()
+        return squared.mean() if self.entries == "all" else squared[target != 0].mean()

@@ -1,0 +1,105 @@
+"""A reference video's motion, taken once and used for any number of new videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from ditflow.artifact import ArtifactError, read_artifact, write_artifact
+from ditflow.backbones.base import Backbone
+from ditflow.losses import MOTION_LOSSES, Payload
+from ditflow.settings import MethodSettings
+from ditflow.types import TokenGrid
+
+_KIND, _FORMAT = "motion reference", 1
+
+
+@dataclass(frozen=True)
+class MotionReference:
+    """What is kept of a reference video.
+
+    payloads: the motion signal of every guidance block, as its loss defines it (`ditflow`: displacement int8
+        [F, F, P, 2] in patches). Empty when only injection is wanted.
+    latents: the scaled mean latents [1, F, C, h, w], when keys and values will be injected.
+    """
+
+    grid: TokenGrid
+    model_revision: str
+    loss: str | None
+    payloads: Mapping[int, Payload]
+    latents: Tensor | None
+
+    @property
+    def displacement(self) -> Int8[Tensor, "frames frames patches 2"]:
+        """The attention motion flow of the first guidance block, in patches."""
+        return next(iter(self.payloads.values()))["displacement"]
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors."""
+        header = {
+            "grid": [self.grid.frames, self.grid.height, self.grid.width],
+            "model_revision": self.model_revision,
+            "loss": self.loss,
+            "blocks": list(self.payloads),
+        }
+        tensors = {f"block.{b}.{part}": t for b, payload in self.payloads.items() for part, t in payload.items()}
+        if self.latents is not None:
+            tensors["latents"] = self.latents
+        return write_artifact(_KIND, _FORMAT, header, tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "motion reference") -> MotionReference:
+        """Read what `to_bytes` wrote; ArtifactError for anything else."""
+        header, tensors = read_artifact(_KIND, _FORMAT, data, name)
+        payloads: dict[int, Payload] = {block: {} for block in header["blocks"]}
+        for key, tensor in tensors.items():
+            if key != "latents":
+                _, block, part = key.split(".", 2)
+                payloads[int(block)][part] = tensor
+        grid = TokenGrid(*header["grid"])
+        return cls(grid, header["model_revision"], header["loss"], payloads, tensors.get("latents"))
+
+    def check_fits(self, backbone: Backbone, grid: TokenGrid, method: MethodSettings) -> None:
+        """Raise ArtifactError unless this reference serves this model, grid and method."""
+        for what, own, wanted in (
+            ("model revision", self.model_revision, backbone.revision),
+            ("token grid", self.grid, grid),
+            ("loss", self.loss or method.loss, method.loss or self.loss),
+        ):
+            if own != wanted:
+                raise ArtifactError(f"motion reference: its {what} is {own}, needed is {wanted}: extract it again")
+
+
+def reference_from_latents(
+    backbone: Backbone,
+    latents: Float[Tensor, "1 frames channels height width"],
+    source_embeds: Tensor,
+    method: MethodSettings,
+) -> MotionReference:
+    """Take the motion signal from clean reference latents at timestep 0 (paper, section 3.2).
+
+    source_embeds are the empty prompt's text embeddings; `method` is resolved.
+    """
+    grid = backbone.grid(latents)
+    payloads: dict[int, Payload] = {}
+    if method.loss is not None:
+        assert method.blocks is not None, "resolve() first"
+        loss = MOTION_LOSSES[method.loss].from_settings(method)
+        with torch.no_grad():
+            position = backbone.default_position(grid)
+            captured = backbone.capture(latents, 0, source_embeds, method.blocks, position)
+            payloads = {block: loss.reference(captured[block], grid) for block in method.blocks}
+    kept = latents.float().cpu() if method.injects else None
+    return MotionReference(grid, backbone.revision, method.loss, payloads, kept)
+
+
+def extract_motion(backbone: Backbone, video: np.ndarray, method: MethodSettings) -> MotionReference:
+    """Take the motion signal from a uint8 RGB video [T, H, W, 3]."""
+    resolved = method.resolve(backbone.defaults)
+    latents = backbone.encode_video(video)
+    return reference_from_latents(backbone, latents, backbone.encode_prompt(""), resolved)

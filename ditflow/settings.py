@@ -1,0 +1,173 @@
+"""Every choice a user has about the algorithm, with its paper default, checked where it is made.
+
+A field that is None takes the model's own default: see `ModelDefaults` and `MethodSettings.resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from ditflow.losses import MOTION_LOSSES
+
+METHODS = ("none", "injection", *sorted(MOTION_LOSSES))
+"""Plain backbone, KV injection alone, and one method per motion loss."""
+
+
+class SettingsError(ValueError):
+    """A setting has a value that it cannot have; `key` names it."""
+
+    def __init__(self, key: str, came: object, expected: str):
+        super().__init__(f"{key}: {came!r} is not valid: expected {expected}")
+        self.key = key
+
+
+def _require(ok: bool, key: str, came: object, expected: str) -> None:
+    if not ok:
+        raise SettingsError(key, came, expected)
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What works best on one model; a model folder may carry its own in `ditflow.json`."""
+
+    blocks: tuple[int, ...]
+    temperature: float = 2.0
+    guided_steps: int | float = 10
+    iterations: int = 5
+    learning_rate: tuple[float, float] = (0.002, 0.001)
+    steps: int = 50
+    guidance_scale: float = 7.0
+    dynamic_guidance_scale: bool = False
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """How motion is transferred (METHODS: AMF, guided sampling).
+
+    name: `none`, `injection` or a motion loss (`ditflow`).
+    optimize: what the optimiser changes: the `latent` z_t or the `position` embedding.
+    preset: `paper`, or `official` for the released code's learning-rate table, which stops one short.
+    blocks: transformer blocks whose attention guides; losses are averaged over them.
+    temperature: tau, multiplies the logits of the softmax.
+    guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
+    iterations: optimiser iterations in each guided step.
+    learning_rate: Adam's rate in the first and in the last guided step, linear between.
+    injection: also put the reference's keys and values into block 0 during the guided steps.
+    loss_entries: `nonzero` compares where the reference moves, `all` everywhere.
+    """
+
+    name: str = "ditflow"
+    optimize: Literal["latent", "position"] = "latent"
+    preset: Literal["paper", "official"] = "paper"
+    blocks: tuple[int, ...] | None = None
+    temperature: float | None = None
+    guided_steps: int | float | None = None
+    iterations: int | None = None
+    learning_rate: tuple[float, float] | None = None
+    injection: bool = True
+    loss_entries: Literal["nonzero", "all"] = "nonzero"
+
+    def __post_init__(self) -> None:
+        _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
+        _require(self.optimize in ("latent", "position"), "optimize", self.optimize, "latent or position")
+        _require(self.preset in ("paper", "official"), "preset", self.preset, "paper or official")
+        entries = ("nonzero", "all")
+        _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
+        if self.blocks is not None:
+            ok = len(set(self.blocks)) == len(self.blocks) > 0 and min(self.blocks) >= 0
+            _require(ok, "blocks", self.blocks, "one or more different block numbers, counted from 0")
+        if self.temperature is not None:
+            _require(self.temperature > 0, "temperature", self.temperature, "a positive number (paper: 2)")
+        if self.guided_steps is not None:
+            expected = "a count of steps (paper: 10) or a fraction of them below 1"
+            _require(self.guided_steps > 0, "guided_steps", self.guided_steps, expected)
+        if self.iterations is not None:
+            _require(self.iterations >= 1, "iterations", self.iterations, "at least 1 (paper: 5)")
+        if self.learning_rate is not None:
+            ok = len(self.learning_rate) == 2 and min(self.learning_rate) > 0
+            expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
+            _require(ok, "learning_rate", self.learning_rate, expected)
+
+    @property
+    def loss(self) -> str | None:
+        """The motion loss's registry name, or None when nothing is optimised."""
+        return self.name if self.name in MOTION_LOSSES else None
+
+    @property
+    def injects(self) -> bool:
+        """Whether the reference's keys and values are injected into block 0."""
+        return self.name == "injection" or (self.loss is not None and self.injection)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything of the reference video enters the generation."""
+        return self.injects or self.loss is not None
+
+    def resolve(self, defaults: ModelDefaults) -> MethodSettings:
+        """Fill every None with the model's default."""
+        names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
+        return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
+
+    def count_guided_steps(self, steps: int) -> int:
+        """Guided steps of a run of `steps`, for resolved settings; SettingsError beyond the step count."""
+        asked = self.guided_steps
+        assert asked is not None, "resolve() first"
+        count = round(asked * steps) if isinstance(asked, float) and asked < 1 else int(asked)
+        expected = f"between 1 and sampling.steps ({steps}), or a fraction of them below 1"
+        _require(1 <= count <= steps and count >= asked * (asked >= 1), "guided_steps", asked, expected)
+        return count
+
+    def learning_rates(self, guided_steps: int) -> list[float]:
+        """Adam's rate for every guided step: linear, both ends reached (`official`: the last is not)."""
+        assert self.learning_rate is not None, "resolve() first"
+        first, last = self.learning_rate
+        intervals = guided_steps if self.preset == "official" else max(guided_steps - 1, 1)
+        return [first + (last - first) * step / intervals for step in range(guided_steps)]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the video is sampled.
+
+    steps: denoising steps (None: the model's, 50 for CogVideoX).
+    guidance_scale: classifier-free guidance (None: the model's, 7); 1 switches it off.
+    dynamic_guidance_scale: diffusers' cosine schedule for CogVideoX-5B (None: the model's).
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    dynamic_guidance_scale: bool | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            _require(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
+        if self.guidance_scale is not None:
+            _require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "at least 1 (1: off)")
+
+    def resolve(self, defaults: ModelDefaults) -> SamplingSettings:
+        """Fill every None with the model's default."""
+        names = ("steps", "guidance_scale", "dynamic_guidance_scale")
+        return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
+
+
+@dataclass(frozen=True)
+class ExecutionSettings:
+    """How the work is done on the device; `auto` decides by free memory, and the decision is recorded.
+
+    checkpointing: recompute activations in the optimiser's backward pass.
+    cfg: both classifier-free guidance branches in one `batched` pass, or `serial`.
+    vae_tiling: encode and decode in overlapping tiles (changes pixels slightly at the seams).
+    attention_backend: a name of diffusers' attention dispatcher (`native`, `_native_cudnn`, `flash`, ...).
+    """
+
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    cfg: Literal["auto", "batched", "serial"] = "auto"
+    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    attention_backend: str = "native"
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """Settings as a plain dict with lists for tuples: the same as their JSON."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

@@ -1,0 +1,258 @@
+"""Motion transfer of one clip, from beginning to end. Read this first.
+
+    reference video --encode--> latents --one pass, timestep 0--> motion reference (AMF)
+    prompt + noise --guided steps: optimise z_t or rho until the AMF matches--> denoise --> decode --> new video
+
+The paper is DiTFlow, arXiv 2412.07776.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditflow.backbones.base import Backbone
+from ditflow.bank import BankHeader, MotionBank
+from ditflow.denoise import Denoised, OnStep, denoise
+from ditflow.guidance import Guidance
+from ditflow.reference import MotionReference, extract_motion, reference_from_latents
+from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
+from ditflow.types import StepRecord
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """A generated clip with all that is known of its making.
+
+    latents: behind the last step, fp32 [1, F, C, h, w]; losses: one list per guided step; bank: the learned
+    positions, when positions were optimised; video: uint8 [T, H, W, 3], when it was decoded.
+    """
+
+    latents: Tensor
+    records: list[StepRecord]
+    motion_reference: MotionReference | None
+    bank: MotionBank | None
+    video: np.ndarray | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[list[float]]:
+        """The loss before each update of each guided step."""
+        return [record.losses for record in self.records if record.losses]
+
+
+def transfer_motion(
+    backbone: Backbone,
+    prompt: str,
+    *,
+    reference: np.ndarray | MotionReference | MotionBank | None = None,
+    size: tuple[int, int, int] | None = None,
+    method: MethodSettings | None = None,
+    sampling: SamplingSettings | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Transferred:
+    """Generate a video of `prompt` that moves like `reference`.
+
+    reference: a uint8 RGB video [T, H, W, 3], a motion reference taken before, or a bank to reuse (nothing is
+        optimised then). size: (frames, height, width) of the new video; a reference video's own if left out.
+    Every random number comes from `seed`: the same call on the same machine gives the same bytes.
+    """
+    if size is None:
+        if not isinstance(reference, np.ndarray):
+            raise ValueError("size: (frames, height, width) is needed unless the reference is a video")
+        size = (reference.shape[0], reference.shape[1], reference.shape[2])
+    method = (method or MethodSettings()).resolve(backbone.defaults)
+    sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
+    started = time.perf_counter()
+    if isinstance(reference, np.ndarray):
+        reference = extract_motion(backbone, reference, method) if method.needs_reference else None
+    extracted = time.perf_counter()
+    inputs = _inputs_of(backbone, prompt, size, sampling, seed)
+    result = generate_latents(
+        backbone, **inputs, reference=reference, method=method, sampling=sampling, on_step=on_step
+    )
+    sampled = time.perf_counter()
+    video = backbone.decode_latents(result.latents, size[0])
+    timings = {"extract": extracted - started, "decode": time.perf_counter() - sampled}
+    return replace(result, video=video, bank=_signed(result.bank, prompt), seconds={**result.seconds, **timings})
+
+
+def learn_bank(
+    backbone: Backbone,
+    prompt: str,
+    *,
+    reference: MotionReference,
+    size: tuple[int, int, int],
+    method: MethodSettings,
+    sampling: SamplingSettings | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Transferred:
+    """Learn a motion bank: the guided steps of position optimisation and no more. `size` as in `transfer_motion`."""
+    method = method.resolve(backbone.defaults)
+    sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
+    if method.optimize != "position" or method.loss is None:
+        raise ValueError(
+            f"a motion bank needs a motion loss and optimize: position, not {method.name}, {method.optimize}"
+        )
+    inputs = _inputs_of(backbone, prompt, size, sampling, seed)
+    result = generate_latents(
+        backbone,
+        **inputs,
+        reference=reference,
+        method=method,
+        sampling=sampling,
+        on_step=on_step,
+        only_guided_steps=True,
+    )
+    return replace(result, bank=_signed(result.bank, prompt))
+
+
+def transfer_latents(
+    backbone: Backbone,
+    *,
+    reference_latents: Tensor | None,
+    initial_latents: Tensor,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    source_embeds: Tensor | None,
+    method: MethodSettings,
+    sampling: SamplingSettings,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Transferred:
+    """Transfer motion between latents [1, F, C, h, w]: the algorithm itself, without VAE, text encoder or seeds.
+
+    source_embeds: text embeddings of the reference's pass (the paper: of the empty prompt).
+    """
+    method, sampling = method.resolve(backbone.defaults), sampling.resolve(backbone.defaults)
+    reference = None
+    if method.needs_reference:
+        if reference_latents is None or source_embeds is None:
+            raise ValueError(f"method {method.name} needs reference_latents and source_embeds")
+        reference = reference_from_latents(backbone, reference_latents, source_embeds, method)
+    return generate_latents(
+        backbone,
+        initial_latents=initial_latents,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        reference=reference,
+        method=method,
+        sampling=sampling,
+        generator=generator,
+        on_step=on_step,
+    )
+
+
+def generate_latents(
+    backbone: Backbone,
+    *,
+    initial_latents: Tensor,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    reference: MotionReference | MotionBank | None,
+    method: MethodSettings,
+    sampling: SamplingSettings,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+    only_guided_steps: bool = False,
+) -> Transferred:
+    """Sample latents that follow a motion reference or a bank. Settings are resolved."""
+    assert sampling.steps is not None, "resolve() first"
+    bank = reference if isinstance(reference, MotionBank) else None
+    motion = _injection_only(reference, backbone) if isinstance(reference, MotionBank) else reference
+    guidance = None
+    if method.needs_reference:
+        _check_reference(backbone, motion, bank, initial_latents, method, sampling.steps)
+        guided_steps = method.count_guided_steps(sampling.steps)
+        guidance = Guidance(backbone, method, guided_steps, prompt_embeds, motion, bank, initial_latents)
+    embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
+    last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
+    denoised = denoise(backbone, initial_latents, embeds, sampling, generator, guidance, last_step, on_step)
+    learned = motion is not None and bank is None and method.loss is not None and method.optimize == "position"
+    return Transferred(
+        latents=denoised.latents,
+        records=denoised.records,
+        motion_reference=motion,
+        bank=_bank_of(backbone, denoised, motion, method, sampling.steps) if learned and motion else None,
+        seconds=_seconds_of(denoised.records),
+    )
+
+
+def _inputs_of(
+    backbone: Backbone, prompt: str, size: tuple[int, int, int], sampling: SamplingSettings, seed: int
+) -> dict[str, Any]:
+    """From words and a seed to tensors. Noise is drawn on the CPU, so that every device starts from the same."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(backbone.latent_shape(*size), generator=generator)
+    guided_by_text = sampling.guidance_scale != 1
+    return {
+        "initial_latents": noise.to(backbone.device),
+        "prompt_embeds": backbone.encode_prompt(prompt),
+        "negative_prompt_embeds": backbone.encode_prompt(sampling.negative_prompt) if guided_by_text else None,
+        "generator": generator,
+    }
+
+
+def _injection_only(bank: MotionBank, backbone: Backbone) -> MotionReference | None:
+    """What injection needs of a bank: the reference's latents, when they were kept."""
+    if bank.latents is None:
+        return None
+    return MotionReference(backbone.grid(bank.latents), backbone.revision, None, {}, bank.latents)
+
+
+def _check_reference(
+    backbone: Backbone,
+    motion: MotionReference | None,
+    bank: MotionBank | None,
+    initial_latents: Tensor,
+    method: MethodSettings,
+    steps: int,
+) -> None:
+    """Refuse a reference or bank that is missing, incomplete, or made for something else."""
+    grid = backbone.grid(initial_latents)
+    if bank is not None:
+        bank.check_fits(backbone.revision, grid, steps)
+    elif motion is None:
+        raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
+    if motion is not None:
+        motion.check_fits(backbone, grid, method)
+    if method.injects and (motion is None or motion.latents is None):
+        raise ValueError(
+            "injection needs the reference's latents, and this reference was kept without: set method.injection: "
+            "false, or extract it (or build the bank) with injection: true"
+        )
+
+
+def _bank_of(
+    backbone: Backbone, denoised: Denoised, motion: MotionReference, method: MethodSettings, steps: int
+) -> MotionBank:
+    header = BankHeader(
+        model=backbone.name,
+        model_revision=backbone.revision,
+        grid=(motion.grid.frames, motion.grid.height, motion.grid.width),
+        steps=steps,
+        timesteps=tuple(denoised.timesteps[: len(denoised.positions)]),
+        method=settings_dict(method),
+        losses=tuple(tuple(record.losses) for record in denoised.records if record.losses),
+    )
+    return MotionBank(header, tuple(denoised.positions), motion.latents)
+
+
+def _signed(bank: MotionBank | None, prompt: str) -> MotionBank | None:
+    """Return the bank with the prompt that it was learned with."""
+    return bank and replace(bank, header=replace(bank.header, prompt=prompt))
+
+
+def _seconds_of(records: Sequence[StepRecord]) -> dict[str, float]:
+    return {
+        "guidance": sum(record.seconds_guidance for record in records),
+        "denoise": sum(record.seconds_denoise for record in records),
+    }

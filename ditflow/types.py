@@ -1,0 +1,93 @@
+"""Small frozen types that the whole algorithm speaks in.
+
+Axis letters: F latent frames after temporal patching, P = h*w patches of one frame, S = F*P video tokens,
+H attention heads, d head size, D = H*d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PositionEmbedding = dict[str, Tensor]
+"""A position embedding by part: query_cos, query_sin, key_cos, key_sin [S, d], or additive [S, D]."""
+
+
+class TokenGridError(ValueError):
+    """Tokens, latents or a bank do not fit the grid of patches."""
+
+
+class StaticReferenceError(ValueError):
+    """The reference shows no motion at all: there is nothing to transfer."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A guidance loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The video tokens of one clip: `frames` token frames of `height` x `width` patches."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of one frame (P)."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of the clip (S)."""
+        return self.frames * self.patches
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raise TokenGridError unless `tokens` video tokens fill this grid."""
+        if tokens != self.tokens:
+            raise TokenGridError(
+                f"{tokens} tokens do not fill a {self} grid ({self.tokens}). If the difference is the number of "
+                "text tokens, they were not split off before the call."
+            )
+
+    def coordinates(self, device: torch.device | str = "cpu") -> Float[Tensor, "patches 2"]:
+        """Patch coordinates (x, y) of one frame, in patches, row by row."""
+        y, x = torch.meshgrid(torch.arange(self.height), torch.arange(self.width), indexing="ij")
+        return torch.stack([x.flatten(), y.flatten()], dim=-1).to(device, torch.float32)
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class QueriesKeys:
+    """Queries and keys of one block's video tokens, all heads concatenated, after QK norm and position."""
+
+    query: Float[Tensor, "tokens inner"]
+    key: Float[Tensor, "tokens inner"]
+    heads: int
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of block 0's video tokens, straight from their projections: what injection carries."""
+
+    key: Float[Tensor, "batch tokens inner"]
+    value: Float[Tensor, "batch tokens inner"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one denoising step. `losses` is empty in steps without guidance."""
+
+    step: int
+    timestep: int
+    guidance_scale: float
+    learning_rate: float | None = None
+    losses: list[float] = field(default_factory=list)
+    seconds_guidance: float = 0.0
+    seconds_denoise: float = 0.0

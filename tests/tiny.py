@@ -1,0 +1,14 @@
+"""Tiny REAL components: two CogVideoX blocks of each kind, from diffusers' own classes."""
+
+from ditflow.backbones.cogvideox import CogVideoX
+from ditflow.mini.build import build_pipeline
+
+KINDS = ("rotary", "additive")
+FRAMES, SIZE = 9, 32
+
+
+def tiny_backbone(kind: str, **options) -> CogVideoX:
+    """Kinds: rotary (5B), additive (2B), temporal-patch (1.5)."""
+    temporal_patch = 2 if kind == "temporal-patch" else None
+    pipeline = build_pipeline(rotary=kind != "additive", layers=2, temporal_patch=temporal_patch)
+    return CogVideoX(pipeline, name=f"tiny-{kind}", revision=f"revision-{kind}", **options)
