@@ -26,6 +26,7 @@ class MotionReference:
     payloads: the motion signal of every guidance block, as its loss defines it (`ditflow`: displacement int8
         [F, F, P, 2] in patches). Empty when only injection is wanted.
     latents: the scaled mean latents [1, F, C, h, w], when keys and values will be injected.
+    fps: the reference video's frames per second, if known.
     """
 
     grid: TokenGrid
@@ -33,6 +34,7 @@ class MotionReference:
     loss: str | None
     payloads: Mapping[int, Payload]
     latents: Tensor | None
+    fps: float | None = None
 
     @property
     def displacement(self) -> Int8[Tensor, "frames frames patches 2"]:
@@ -46,6 +48,7 @@ class MotionReference:
             "model_revision": self.model_revision,
             "loss": self.loss,
             "blocks": list(self.payloads),
+            "fps": self.fps,
         }
         tensors = {f"block.{b}.{part}": t for b, payload in self.payloads.items() for part, t in payload.items()}
         if self.latents is not None:
@@ -62,7 +65,7 @@ class MotionReference:
                 _, block, part = key.split(".", 2)
                 payloads[int(block)][part] = tensor
         grid = TokenGrid(*header["grid"])
-        return cls(grid, header["model_revision"], header["loss"], payloads, tensors.get("latents"))
+        return cls(grid, header["model_revision"], header["loss"], payloads, tensors.get("latents"), header["fps"])
 
     def check_fits(self, backbone: Backbone, grid: TokenGrid, method: MethodSettings) -> None:
         """Raise ArtifactError unless this reference serves this model, grid and method."""

@@ -81,7 +81,7 @@ def transfer_motion(
     sampled = time.perf_counter()
     video = backbone.decode_latents(result.latents, size[0])
     timings = {"extract": extracted - started, "decode": time.perf_counter() - sampled}
-    return replace(result, video=video, bank=_signed(result.bank, prompt), seconds={**result.seconds, **timings})
+    return replace(result, video=video, bank=_signed(result.bank, prompt, size), seconds={**result.seconds, **timings})
 
 
 def learn_bank(
@@ -112,7 +112,7 @@ def learn_bank(
         on_step=on_step,
         only_guided_steps=True,
     )
-    return replace(result, bank=_signed(result.bank, prompt))
+    return replace(result, bank=_signed(result.bank, prompt, size))
 
 
 def transfer_latents(
@@ -246,9 +246,9 @@ def _bank_of(
     return MotionBank(header, tuple(denoised.positions), motion.latents)
 
 
-def _signed(bank: MotionBank | None, prompt: str) -> MotionBank | None:
-    """Return the bank with the prompt that it was learned with."""
-    return bank and replace(bank, header=replace(bank.header, prompt=prompt))
+def _signed(bank: MotionBank | None, prompt: str, size: tuple[int, int, int]) -> MotionBank | None:
+    """Return the bank with the prompt and the size (frames, height, width) that it was learned with."""
+    return bank and replace(bank, header=replace(bank.header, prompt=prompt, provenance={"size": list(size)}))
 
 
 def _seconds_of(records: Sequence[StepRecord]) -> dict[str, float]:

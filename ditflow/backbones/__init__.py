@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ditflow.backbones.base import Backbone, Geometry
 from ditflow.backbones.revision import folder_revision
 from ditflow.settings import ExecutionSettings, ModelDefaults
-
-if TYPE_CHECKING:
-    from ditflow.backbones.base import Backbone
 
 MINI = ("mini", "mini-rotary", "mini-additive")
 """Names of the embedded tiny models; `mini` is the rotary one."""
@@ -40,13 +41,7 @@ def load(
     """
     folder = find_model(path, download=download)
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    from ditflow.backbones import cogvideox
-
-    family = {"CogVideoXPipeline": cogvideox}.get(_pipeline_class(folder))
-    if family is None:
-        raise ModelNotFoundError(
-            f"{folder} holds a {_pipeline_class(folder)}, which no backbone here can run; valid: CogVideoXPipeline"
-        )
+    family = _family(folder)
     precision = family.release_dtype(folder, target) if dtype == "auto" else _dtype(dtype)
     return family.load(
         folder,
@@ -57,6 +52,34 @@ def load(
         defaults=_own_defaults(folder),
         execution=execution,
     )
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What can be known of a model without loading its weights."""
+
+    path: str
+    revision: str
+    geometry: Geometry
+
+
+def identify(path: str, *, download: bool = False) -> ModelIdentity:
+    """Return a model's revision and geometry; reads its files once (hashes are remembered), loads nothing."""
+    folder = find_model(path, download=download)
+    geometry = _family(folder).read_geometry(folder, path, _own_defaults(folder))
+    return ModelIdentity(path, folder_revision(folder), geometry)
+
+
+def _family(folder: Path) -> Any:
+    """Return the module of this package whose PIPELINES name the folder's pipeline class."""
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    valid: list[str] = []
+    for module_info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        if pipeline in getattr(module, "PIPELINES", ()):
+            return module
+        valid += getattr(module, "PIPELINES", ())
+    raise ModelNotFoundError(f"{folder} holds a {pipeline}, which no backbone runs; valid: {', '.join(valid)}")
 
 
 def find_model(path: str, *, download: bool = False) -> Path:
@@ -87,10 +110,6 @@ def _hub_folder(path: str, download: bool) -> Path:
             f"model {path!r} is neither a folder here, nor in the local hub cache, nor one of {', '.join(MINI)}. "
             "Check the path, or allow the download (model.download: true, or load(..., download=True))."
         ) from error
-
-
-def _pipeline_class(folder: Path) -> str:
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -8,14 +8,68 @@ them copies the model's own forward code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditflow.settings import ExecutionSettings, ModelDefaults
+from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
 from ditflow.types import KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that decide which clips a model can make; read from its configuration, without its weights.
+
+    spatial, temporal: compression of the VAE. patch, temporal_patch: side and depth of a transformer patch.
+    """
+
+    name: str
+    blocks: int
+    channels: int
+    spatial: int
+    temporal: int
+    patch: int
+    temporal_patch: int
+    sample_size: tuple[int, int, int]
+    """Frames, height and width in pixels that the model was trained on."""
+    defaults: ModelDefaults
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """Shape [1, F, C, height, width] of a clip's latents; SettingsError for a size the model cannot do."""
+        multiple = self.spatial * self.patch
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels < multiple or pixels % multiple:
+                near = max(multiple, round(pixels / multiple) * multiple)
+                means = f"a multiple of {multiple} for {self.name} (VAE {self.spatial} x patch {self.patch})"
+                raise SettingsError(side, pixels, f"{means}; the nearest is {near}")
+        latent_frames = self._latent_frames(frames)
+        return (1, latent_frames, self.channels, height // self.spatial, width // self.spatial)
+
+    def grid(self, latent_shape: Sequence[int]) -> TokenGrid:
+        """Return the token grid of latents [1, F, C, height, width]."""
+        _, frames, _, height, width = latent_shape
+        return TokenGrid(frames // self.temporal_patch, height // self.patch, width // self.patch)
+
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        """Raise SettingsError for a guidance block that the model does not have."""
+        if max(blocks) >= self.blocks:
+            raise SettingsError("blocks", max(blocks), f"0 to {self.blocks - 1} for {self.name}")
+
+    def _latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip, with the padding that a temporal patch asks for.
+
+        A causal VAE keeps the first frame apart (4k + 1 frames) or takes frames by twice its compression; any
+        other length would come back from it with another number of frames.
+        """
+        if frames < 2 or not (frames % self.temporal == 1 or frames % (2 * self.temporal) == 0):
+            below = max(frames - 1, self.temporal) // self.temporal * self.temporal + 1
+            rule = f"{self.temporal}k + 1 frames, or a multiple of {2 * self.temporal}, for {self.name}'s VAE"
+            raise SettingsError("frames", frames, f"{rule}; near are {below} and {below + self.temporal}")
+        latent_frames = -(-frames // self.temporal)
+        return -(-latent_frames // self.temporal_patch) * self.temporal_patch
 
 
 @runtime_checkable
@@ -42,12 +96,13 @@ class Backbone(Protocol):
 
     name: str
     revision: str
+    geometry: Geometry
     defaults: ModelDefaults
     execution: ExecutionSettings
     device: torch.device
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latents of a clip; ValueError names what the model cannot do and what is near."""
+        """Shape of the latents of a clip, see `Geometry.latent_shape`."""
         ...
 
     def grid(self, latents: Tensor) -> TokenGrid:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +24,12 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ditflow.backbones.base import Geometry
 from ditflow.settings import ExecutionSettings, ModelDefaults
 from ditflow.types import KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+
+PIPELINES = ("CogVideoXPipeline",)
+"""Pipeline classes of model folders that this file can run."""
 
 _RELEASED = {
     # (layers, rotary): CogVideoX-2B and CogVideoX-5B, guidance blocks of the paper's appendix
@@ -54,6 +58,36 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: 
     return CogVideoX(pipeline.to(device), **identity)
 
 
+def read_geometry(folder: Path, name: str, defaults: ModelDefaults | None) -> Geometry:
+    """Read a diffusers folder's geometry from its configurations alone."""
+    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    return geometry_of(name, transformer, vae, defaults)
+
+
+def geometry_of(
+    name: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], defaults: ModelDefaults | None
+) -> Geometry:
+    """Return the geometry that two diffusers configurations describe."""
+    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    rotary, layers = bool(transformer["use_rotary_positional_embeddings"]), transformer["num_layers"]
+    half_depth = ModelDefaults(blocks=(layers // 2,), dynamic_guidance_scale=rotary)
+    return Geometry(
+        name=name,
+        blocks=layers,
+        channels=transformer["in_channels"],
+        spatial=spatial,
+        temporal=int(vae["temporal_compression_ratio"]),
+        patch=transformer["patch_size"],
+        temporal_patch=transformer.get("patch_size_t") or 1,
+        sample_size=(
+            transformer["sample_frames"],
+            transformer["sample_height"] * spatial,
+            transformer["sample_width"] * spatial,
+        ),
+        defaults=defaults or _RELEASED.get((layers, rotary), half_depth),
+    )
+
+
 class CogVideoX:
     """A CogVideoX model as a `Backbone`: frozen, in evaluation mode, with nothing of ours left in it between passes."""
 
@@ -71,51 +105,28 @@ class CogVideoX:
         for module in (self.transformer, self.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
-        config = self.transformer.config
-        self._rotary = bool(config.use_rotary_positional_embeddings)
-        self._patch, self._temporal_patch = config.patch_size, config.patch_size_t or 1
-        self._spatial, self._temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-        half_depth = ModelDefaults(blocks=(config.num_layers // 2,), dynamic_guidance_scale=self._rotary)
-        self.defaults = defaults or _RELEASED.get((config.num_layers, self._rotary), half_depth)
+        self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
+        self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults)
+        self.defaults = self.geometry.defaults
         self.execution = self._settle_execution(execution or ExecutionSettings())
 
     # ------------------------------------------------------------------ geometry
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Shape [1, F, C, height, width] of a clip's latents; ValueError for a size that the model cannot do."""
-        multiple = self._spatial * self._patch
-        for side, pixels in (("height", height), ("width", width)):
-            if pixels < multiple or pixels % multiple:
-                near = max(multiple, round(pixels / multiple) * multiple)
-                raise ValueError(
-                    f"{side}: {pixels} is not valid: {self.name} needs a multiple of {multiple} (VAE {self._spatial} "
-                    f"x patch {self._patch}); the nearest is {near}"
-                )
-        channels = self.transformer.config.in_channels
-        return (1, self._latent_frames(frames), channels, height // self._spatial, width // self._spatial)
-
-    def _latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip, with the padding that a temporal patch asks for."""
-        if frames < 2 or not (frames % self._temporal == 1 or frames % (2 * self._temporal) == 0):
-            below = max(frames - 1, 4) // self._temporal * self._temporal + 1
-            raise ValueError(
-                f"frames: {frames} is not valid: {self.name}'s VAE takes 4k + 1 frames or a multiple of 8; "
-                f"near are {below} and {below + self._temporal}"
-            )
-        latent_frames = -(-frames // self._temporal)
-        return -(-latent_frames // self._temporal_patch) * self._temporal_patch
+        """Shape [1, F, C, height, width] of a clip's latents; SettingsError for a size the model cannot do."""
+        return self.geometry.latent_shape(frames, height, width)
 
     def grid(self, latents: Tensor) -> TokenGrid:
         """Return the token grid that these latents fill."""
-        _, frames, _, height, width = latents.shape
-        return TokenGrid(frames // self._temporal_patch, height // self._patch, width // self._patch)
+        return self.geometry.grid(latents.shape)
 
     def default_position(self, grid: TokenGrid) -> PositionEmbedding:
         """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D]."""
-        latent_size = (grid.height * self._patch, grid.width * self._patch)
+        patch, spatial = self.geometry.patch, self.geometry.spatial
+        latent_size = (grid.height * patch, grid.width * patch)
         if self._rotary:
-            height, width = (side * self._spatial for side in latent_size)
-            frames = grid.frames * self._temporal_patch
+            height, width = (side * spatial for side in latent_size)
+            frames = grid.frames * self.geometry.temporal_patch
             # The pipeline's own method: grid crops (1.0) and slices (1.5) are its business.
             prepare = self.pipeline._prepare_rotary_positional_embeddings
             cos, sin = (part.float() for part in prepare(height, width, frames, self.device))
@@ -144,7 +155,7 @@ class CogVideoX:
         The last `frames` frames count: padding for a temporal patch stands in front, and the VAE's decoder gives
         the first latent four frames instead of one when the number of latent frames is even.
         """
-        wanted = -(-frames // self._temporal)
+        wanted = -(-frames // self.geometry.temporal)
         scaled = latents[:, latents.shape[1] - wanted :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         video = self.vae.decode(scaled.to(self.vae.dtype)).sample[0].float()
         pixels = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
@@ -190,9 +201,7 @@ class CogVideoX:
         injected: KeysValues | None = None,
     ) -> dict[int, QueriesKeys]:
         """Queries and keys of `blocks`, differentiable in the latents and the position; stops at the last block."""
-        depth = len(self.transformer.transformer_blocks)
-        if max(blocks) >= depth:
-            raise ValueError(f"blocks: {max(blocks)} is not valid: {self.name} has blocks 0 to {depth - 1}")
+        self.geometry.check_blocks(blocks)
         hooks = _PassHooks(position, injected=injected, capture=frozenset(blocks), stop_at=max(blocks))
         self._forward(hooks, latents, timestep, embeds)
         return hooks.captured
@@ -313,7 +322,7 @@ class CogVideoX:
 
     def _decoder_bytes(self) -> int:
         config = self.transformer.config
-        pixels = config.sample_height * config.sample_width * self._spatial**2
+        pixels = config.sample_height * config.sample_width * self.geometry.spatial**2
         return pixels * _DECODER_BYTES_PER_PIXEL
 
 

@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh clone with Python >= 3.10 and git: make quickstart, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check format bench clean
+
+quickstart: .venv/installed
+	$(BIN)/ditflow mini clips outputs/quickstart/references --count 2
+	$(BIN)/ditflow run jobs/quickstart.yaml jobs/quickstart-bank.yaml jobs/quickstart-reuse.yaml
+	@echo
+	@echo "Look at: outputs/quickstart/references/*.mp4             where the motion comes from"
+	@echo "         outputs/quickstart/synthesize/videos/*.mp4      new videos that were guided by it"
+	@echo "         outputs/quickstart/reuse/videos/*.mp4           new videos with a learned motion bank"
+	@echo "Ask:     $(BIN)/ditflow manifest show outputs/quickstart/synthesize"
+	@echo "         $(BIN)/ditflow bank list outputs/quickstart/bank"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.bench
+
+# The constraints pin torch first, so that pip never looks for a newer build of it.
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,432 @@
+"""Video files in and out, with PyAV: decode, turn upright, crop, resize; encode the same bytes every time.
+
+Axis letters: T frames, H rows, W columns. Pictures are uint8 RGB [H, W, 3].
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import secrets
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation
+from jaxtyping import UInt8
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+
+MAX_PIXELS_PER_FRAME = 8192 * 4320
+"""Largest frame that is decoded unless the caller says otherwise: 8K cinema, 106 MB as RGB."""
+
+_STRICT = "crccheck+bitstream+buffer+explode"
+"""FFmpeg's err_detect: report damage. Its default is to paint over the damaged parts and to go on."""
+_CRF = "12"
+"""x264's quality, 0 (lossless) to 51: 12 cannot be told from the source, and metrics barely notice it."""
+_REPRODUCIBLE = "cpu-independent=1"
+"""x264's fast approximate division (macroblock tree) gives other bytes on another processor, and, as seen with
+x264 165, now and then on the same one; this takes the exact division."""
+_SCALER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+"""swscale's careful way between YUV and RGB. Its default repeats chroma samples, which costs 15 dB in smooth colours,
+and may round otherwise on another processor."""
+_BT709 = 1
+_LIMITED_RANGE = 1
+
+
+class VideoError(ValueError):
+    """A video, or what was asked of one, is not usable. Every error of this module is one of these."""
+
+
+class UndecodableVideoError(VideoError):
+    """The source is no video, or not one frame of it can be decoded."""
+
+
+class CorruptVideoError(UndecodableVideoError):
+    """The video is damaged or cut off before the last wanted frame."""
+
+
+class TooShortVideoError(VideoError):
+    """The video has fewer frames than were asked for."""
+
+
+class OversizedVideoError(VideoError):
+    """The video's frames have more pixels than the caller accepts."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames uint8 [T, H, W, 3] RGB, and how many of them are shown per second."""
+
+    frames: UInt8[np.ndarray, "frames height width 3"]
+    fps: float
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What decoding a whole video found: frame count, upright size in coded pixels, mean frames per second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def read_video(
+    source: str | Path | bytes,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    start: int = 0,
+    stride: int = 1,
+    fit: Literal["crop", "stretch"] = "crop",
+    max_pixels_per_frame: int = MAX_PIXELS_PER_FRAME,
+) -> Clip:
+    """Return frames start, start + stride, ... of a video, `frames` many, as uint8 [frames, height, width, 3] RGB.
+
+    Frames are counted as they are shown; their times play no part, so a variable frame rate is no trouble. The
+    clip's fps is the source's mean rate divided by `stride`. Each picture is turned upright (rotation and mirroring
+    of the display matrix) and then fitted: `crop` keeps the largest centred part that has the asked shape, pixel
+    aspect ratio included, so directions of motion stay true; `stretch` squeezes the whole picture in. Alpha is
+    dropped; HDR is not tone-mapped. Damage is an error where the decoder notices it: headers, missing data, broken
+    syntax. Changed bytes inside a picture can decode to plausible wrong pixels, since most codecs carry no checksum.
+
+    `source` is a local path (never a URL) or the file's bytes. Only one unscaled picture is held at a time, and
+    decoding stops with the last wanted frame.
+
+    Raises UndecodableVideoError (no video in it), CorruptVideoError (damaged before the last wanted frame),
+    TooShortVideoError, OversizedVideoError (above `max_pixels_per_frame`), VideoError (a request that makes no
+    sense), and OSError if the file cannot be opened.
+    """
+    _check_request(frames, height, width, start, stride, fit)
+    with _opened(source, max_pixels_per_frame) as video:
+        wanted = islice(video.decode(), start, start + (frames - 1) * stride + 1, stride)
+        pictures = [_fitted(video, frame, height, width, fit) for frame in wanted]
+        if len(pictures) < frames:
+            _raise_too_short(video, frames, start, stride)
+        return Clip(np.stack(pictures), video.fps / stride)
+
+
+def probe_video(source: str | Path | bytes, *, max_pixels_per_frame: int = MAX_PIXELS_PER_FRAME) -> VideoInfo:
+    """Decode a whole video and return what was found; same errors as `read_video`. Checks finished outputs."""
+    with _opened(source, max_pixels_per_frame) as video:
+        decoded = video.decode()
+        first = next(decoded)
+        swap, _, _ = _orientation(video.name, first)
+        count = 1 + sum(1 for _ in decoded)
+        height, width = (first.width, first.height) if swap else (first.height, first.width)
+        return VideoInfo(count, height, width, video.fps)
+
+
+def encode_video(frames: np.ndarray, fps: float | int) -> bytes:
+    """Return frames uint8 [T, H, W, 3] RGB as an H.264 mp4 (yuv420p, BT.709, index first), made for any player.
+
+    The same frames and fps give the same bytes, on one build of FFmpeg: one thread, no dates, no version tags.
+    Raises VideoError for frames of another type or shape, for odd heights or widths, and for an fps <= 0.
+    """
+    _check_encodable(frames, fps)
+    # The muxer moves the index to the front by opening its own output again, which only a real file allows.
+    with tempfile.TemporaryDirectory(prefix="encode-") as folder:
+        path = Path(folder) / "video.mp4"
+        options = {"movflags": "+faststart", "fflags": "+bitexact"}
+        with av.open(str(path), "w", format="mp4", container_options=options) as container:
+            _encode_into(container, frames, Fraction(fps).limit_denominator(100_000))
+        return path.read_bytes()
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float | int) -> None:
+    """Encode frames uint8 [T, H, W, 3] and put the file at `path` in one move: it is never there half-written.
+
+    Raises what `encode_video` raises, and OSError if the folder is missing or not writable.
+    """
+    path = Path(path)
+    content = encode_video(frames, fps)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Video:
+    """One opened video stream: gives its frames in the order they are shown, and counts them."""
+
+    def __init__(self, name: str, container: Any, max_pixels: int):
+        self.name = name
+        self.decoded = 0
+        self._container = container
+        self._max_pixels = max_pixels
+        self._stream = _video_stream(name, container)
+        self._check_size(self._stream.codec_context)
+        self._stream.codec_context.options = {"err_detect": _STRICT, "max_pixels": str(max_pixels)}
+
+    @property
+    def fps(self) -> float:
+        """Mean frames per second."""
+        rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
+        if not rate:
+            raise UndecodableVideoError(
+                f"{self.name}: its {self._stream.codec_context.name} stream states no frame rate and its frames no "
+                "times. Convert it to mp4 with a known rate (ffmpeg -r RATE -i IN OUT.mp4)."
+            )
+        return float(rate)
+
+    @property
+    def pixel_aspect(self) -> float:
+        """Width of a coded pixel over its height."""
+        return float(self._stream.sample_aspect_ratio or 1)
+
+    @property
+    def promised(self) -> int:
+        """Frames that the container's header speaks of; 0 if it does not say."""
+        return self._stream.frames
+
+    def decode(self) -> Iterator[Any]:
+        """Yield the av.VideoFrames in the order they are shown, up to the first sign of damage."""
+        try:
+            for packet in self._container.demux(self._stream):
+                for frame in self._decode_packet(packet):
+                    self.decoded += 1
+                    yield frame
+        except _FILE_ERRORS as error:
+            _let_pass_if_storage_failed(error)
+            self._raise_damaged(str(error), error)
+        if self.decoded == 0:
+            raise UndecodableVideoError(
+                f"{self.name}: it announces a {self._stream.codec_context.name} stream, but not one frame of it can "
+                "be decoded. Most likely it was cut off. Fetch or export it again."
+            )
+
+    def _decode_packet(self, packet: Any) -> list[Any]:
+        if packet.is_corrupt:
+            self._raise_damaged("a packet is incomplete")
+        frames = packet.decode()
+        for frame in frames:
+            self._check_size(frame)
+            if frame.is_corrupt:
+                self._raise_damaged("the decoder could not restore a frame")
+        return frames
+
+    def _check_size(self, sized: Any) -> None:
+        if sized.width * sized.height > self._max_pixels:
+            raise OversizedVideoError(
+                f"{self.name}: its frames have {sized.width}x{sized.height} pixels, more than the accepted "
+                f"{self._max_pixels}. Scale it down first, or raise max_pixels_per_frame if the memory is there."
+            )
+
+    def _raise_damaged(self, what: str, cause: Exception | None = None) -> NoReturn:
+        raise CorruptVideoError(
+            f"{self.name}: damaged near frame {self.decoded}, before the last wanted frame ({what}). Most likely the "
+            "file was cut off or changed on its way. Fetch it again, or re-encode the part that plays."
+        ) from cause
+
+
+class _ReferenceRefusedError(Exception):
+    """A playlist asked for another file or address."""
+
+
+_FILE_ERRORS = (av.FFmpegError, _ReferenceRefusedError, OSError, ValueError)
+"""What comes out of PyAV for a bad file. Damaged headers make demuxers seek to impossible places, and Python's own
+file errors then come through: OSError from files, ValueError from bytes."""
+
+
+def _let_pass_if_storage_failed(error: Exception) -> None:
+    """Raise errors of the disk or network again, as they are: they say nothing about the video."""
+    if isinstance(error, OSError) and not isinstance(error, av.FFmpegError) and error.errno != errno.EINVAL:
+        raise error
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[_Video]:
+    name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
+    # Opened by us and not by FFmpeg: a path can then never be taken for a URL, a device or a numbered sequence.
+    with _file(source) as file, _container(name, file) as container:
+        yield _Video(name, container, max_pixels)
+
+
+def _file(source: str | Path | bytes) -> io.BufferedIOBase:
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+
+
+def _container(name: str, file: io.BufferedIOBase) -> Any:
+    try:
+        return av.open(file, "r", io_open=_refuse_references, metadata_errors="replace")
+    except _FILE_ERRORS as error:
+        _let_pass_if_storage_failed(error)
+        raise UndecodableVideoError(
+            f"{name}: not a video that FFmpeg can open: {_probable_cause(file)}. "
+            "Fetch or export it again, and try `ffprobe` on it."
+        ) from error
+
+
+def _refuse_references(url: str, flags: int, options: dict[str, str]) -> NoReturn:
+    """A playlist must not make us fetch addresses or read other files of this machine."""
+    raise _ReferenceRefusedError(url)
+
+
+def _video_stream(name: str, container: Any) -> Any:
+    """The main video stream; cover art, which containers also keep as a video stream, does not count."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams at all"
+        cover = "; its only picture is cover art" if stream is not None else ""
+        raise UndecodableVideoError(
+            f"{name}: a {container.format.name} file without a video stream: it holds {kinds}{cover}. "
+            "Give a file that holds moving pictures."
+        )
+    if stream.codec_context is None or stream.codec_context.width == 0:
+        raise UndecodableVideoError(
+            f"{name}: its video stream's format or size cannot be found. Most likely the file is cut off or its "
+            "codec is unknown to this FFmpeg. Fetch it again, or convert it to H.264."
+        )
+    return stream
+
+
+def _probable_cause(file: io.BufferedIOBase) -> str:
+    file.seek(0)
+    head = file.read(64)
+    if not head:
+        return "it is empty (0 bytes), as an interrupted download leaves it"
+    boxes = _top_level_boxes(file)
+    if b"ftyp" in boxes and b"moov" not in boxes:
+        return "its mp4 index (moov) is missing: the file was cut off, or its writer never finished"
+    if b"ftyp" in boxes or head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
+        return "its header is there but damaged, or the file is cut off"
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return "it is text (an error page, a playlist or a Git LFS pointer?)"
+    return "its content is no known video format, or the beginning is damaged"
+
+
+def _top_level_boxes(file: io.BufferedIOBase) -> set[bytes]:
+    """Names of the outermost boxes of an mp4 or mov file; nonsense, but no error, for other files."""
+    names: set[bytes] = set()
+    end, offset = file.seek(0, io.SEEK_END), 0
+    while offset + 16 <= end:
+        file.seek(offset)
+        size, name, long_size = struct.unpack(">I4sQ", file.read(16))
+        size = long_size if size == 1 else size
+        names.add(name)
+        if size < 8:
+            break
+        offset += size
+    return names
+
+
+def _fitted(video: _Video, frame: Any, height: int, width: int, fit: str) -> Picture:
+    """One frame as upright uint8 [height, width, 3]."""
+    swap, flip_rows, flip_columns = _orientation(video.name, frame)
+    picture = frame.to_ndarray(format="rgb24", interpolation=int(_SCALER))
+    picture = picture.transpose(1, 0, 2) if swap else picture
+    picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    if fit == "crop":
+        pixel_aspect = 1 / video.pixel_aspect if swap else video.pixel_aspect
+        picture = _cropped(picture, width / height / pixel_aspect)
+    return _resized(np.ascontiguousarray(picture), height, width)
+
+
+def _orientation(name: str, frame: Any) -> tuple[bool, bool, bool]:
+    """How to turn a decoded frame upright: (swap rows and columns, then flip rows, then flip columns).
+
+    The display matrix sends a coded point (x, y) to (a x + c y, b x + d y), y pointing down. `frame.rotation` is not
+    enough: it calls a mirrored picture a rotated one.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if abs(a) > 100 * abs(b) and abs(d) > 100 * abs(c):
+        return False, d < 0, a < 0
+    if abs(b) > 100 * abs(a) and abs(c) > 100 * abs(d):
+        return True, b < 0, c < 0
+    raise UndecodableVideoError(
+        f"{name}: its display matrix turns the picture by {math.degrees(math.atan2(-b, a)):.1f} degrees, and only "
+        "right angles are supported. Re-encode it upright."
+    )
+
+
+def _cropped(picture: Picture, aspect: float) -> Picture:
+    """The largest centred part with about `aspect` columns per row, in whole pixels."""
+    rows, columns = picture.shape[:2]
+    kept_rows = min(rows, max(1, round(columns / aspect)))
+    kept_columns = min(columns, max(1, round(rows * aspect)))
+    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+    return picture[top : top + kept_rows, left : left + kept_columns]
+
+
+def _resized(picture: Picture, height: int, width: int) -> Picture:
+    """Shrink by area, which does not alias, then enlarge what is still too small by cubic interpolation."""
+    rows, columns = min(picture.shape[0], height), min(picture.shape[1], width)
+    picture = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _encode_into(container: Any, frames: np.ndarray, rate: Fraction) -> None:
+    stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF, "x264-params": _REPRODUCIBLE})
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.thread_count = 1  # the number of threads changes x264's decisions
+    # Say which colours these are: players guess from the size otherwise, and guess differently.
+    context.colorspace = context.color_primaries = context.color_trc = _BT709
+    context.color_range = _LIMITED_RANGE
+    for index, picture in enumerate(frames):
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = rgb.reformat(
+            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=int(_SCALER)
+        )
+        frame.pts, frame.time_base = index, 1 / rate
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def _check_request(frames: int, height: int, width: int, start: int, stride: int, fit: str) -> None:
+    sizes = {"frames": frames, "height": height, "width": width, "stride": stride}
+    for name, value in sizes.items():
+        if value < 1:
+            raise VideoError(f"{name} is {value}, expected 1 or more.")
+    if start < 0:
+        raise VideoError(f"start is {start}, expected 0 or more: frames are counted from the beginning.")
+    if fit not in ("crop", "stretch"):
+        raise VideoError(f"fit is {fit!r}, expected 'crop' or 'stretch'.")
+
+
+def _check_encodable(frames: np.ndarray, fps: float | int) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
+        raise VideoError(
+            f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] RGB with T >= 1. "
+            "Pictures in 0..1 must be multiplied by 255 and rounded; channels come last."
+        )
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise VideoError(
+            f"frames are {width}x{height}, and H.264 with 4:2:0 colour needs an even width and height. "
+            "Crop or pad one row or column."
+        )
+    if not (math.isfinite(fps) and fps > 0):
+        raise VideoError(f"fps is {fps}, expected a number above 0.")
+
+
+def _raise_too_short(video: _Video, frames: int, start: int, stride: int) -> NoReturn:
+    usable = len(range(start, video.decoded, stride))
+    fewer = f"ask for at most {usable} frames, lower stride or start" if usable else "start earlier"
+    promised = f"Its header promises {video.promised}" if video.promised > video.decoded else "If it had more"
+    raise TooShortVideoError(
+        f"{video.name}: {frames} frames with stride {stride} from frame {start} were asked, it has only "
+        f"{video.decoded}. Take a longer video, or {fewer}. {promised}: it is cut off or damaged."
+    )

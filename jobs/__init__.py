@@ -1,0 +1,1 @@
+"""The outside: job specs and the command line."""

@@ -1,0 +1,392 @@
+"""The command line. Messages for people go to stderr, with --json machine-readable lines to stdout.
+
+Exit status: 0 all rows ok; 3 the job finished but some rows failed; 2 the request is wrong; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from jobs.spec import ReadySpec
+
+SOME_FAILED, WRONG_REQUEST, OTHER_ERROR = 3, 2, 1
+
+app = typer.Typer(
+    name="ditflow",
+    help="Make new videos that move like reference videos: DiTFlow motion transfer, one clip or many thousand.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+manifest_app = typer.Typer(help="Show and check a job's manifest.", no_args_is_help=True)
+bank_app = typer.Typer(help="List and show motion banks.", no_args_is_help=True)
+mini_app = typer.Typer(help="The synthetic world of the embedded model.", no_args_is_help=True)
+app.add_typer(manifest_app, name="manifest")
+app.add_typer(bank_app, name="bank")
+app.add_typer(mini_app, name="mini")
+
+screen = Console(stderr=True, highlight=False, soft_wrap=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print machine-readable lines on stdout.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the spec: model.path=mini")]
+ModelOption = Annotated[str, typer.Option(help="mini, mini-additive, a diffusers folder, or a hub id.")]
+FramesOption = Annotated[int | None, typer.Option(help="Frames (default: the model's training size, or the bank's).")]
+HeightOption = Annotated[int | None, typer.Option(help="Height in pixels.")]
+WidthOption = Annotated[int | None, typer.Option(help="Width in pixels.")]
+StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as JSON, such as an endpoint_url.")]
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one message and an exit status."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        screen.print("stopped. Run the same command again to go on where it stopped.")
+        sys.exit(130)
+
+
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """Turn errors that a user can cause into a message and an exit status, and nothing else."""
+    from ditflow.artifact import ArtifactError
+    from ditflow.backbones import ModelNotFoundError
+    from jobs.spec import SpecError
+    from pipeline.manifest import ManifestError
+    from pipeline.plan import PlanError
+    from pipeline.store import StoreError, redact
+
+    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, ValueError)
+    try:
+        yield
+    except wrong as error:
+        _fail(redact(str(error)), WRONG_REQUEST)
+    except (StoreError, ManifestError) as error:
+        _fail(redact(str(error)), OTHER_ERROR)
+
+
+def _fail(message: str, status: int) -> None:
+    for line in message.splitlines():
+        screen.print(f"error: {line}", style="red", markup=False)
+    raise typer.Exit(status)
+
+
+def _emit(**values: Any) -> None:
+    print(json.dumps(values, default=str), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ one clip
+
+
+@app.command()
+def transfer(
+    reference: Annotated[str, typer.Argument(help="Reference video. With --bank it may be left out.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the new video shows.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the new video goes.")] = Path("out.mp4"),
+    method: Annotated[str, typer.Option(help="none, injection or ditflow.")] = "ditflow",
+    optimize: Annotated[str, typer.Option(help="latent or position.")] = "latent",
+    bank: Annotated[Path | None, typer.Option(help="Reuse a motion bank: nothing is optimised.")] = None,
+    save_bank: Annotated[Path | None, typer.Option(help="Keep the learned positions (--optimize position).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss curve into this PNG.")] = None,
+    model: ModelOption = "mini",
+    frames: FramesOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    start: Annotated[int, typer.Option(help="First frame used.")] = 0,
+    stride: Annotated[int, typer.Option(help="Every how many frames one is used.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (default: the model's).")] = None,
+    guided_steps: Annotated[int | None, typer.Option(help="Guided steps (default: the model's).")] = None,
+    injection: Annotated[bool, typer.Option(help="Inject the reference's keys and values.")] = True,
+    seed: int = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make one video that moves like a reference. No Ray, no job spec.
+
+    ditflow transfer bmx.mp4 "a leopard running up a snowy hill" -o leopard.mp4 --plot loss.png
+    ditflow transfer bmx.mp4 "a leopard ..." --optimize position --save-bank bmx.safetensors
+    ditflow transfer --bank bmx.safetensors "a tractor on a field" -o tractor.mp4
+    """
+    from jobs import single
+
+    if prompt is None:
+        if bank is None:
+            _fail("PROMPT is missing: give REFERENCE and PROMPT; only with --bank is PROMPT enough", WRONG_REQUEST)
+        reference, prompt = "", reference
+    with expected_errors():
+        single.transfer(
+            reference=reference or None,
+            prompt=prompt,
+            output=output,
+            method={"name": method, "optimize": optimize, "guided_steps": guided_steps, "injection": injection},
+            bank_path=bank,
+            save_bank=save_bank,
+            plot=plot,
+            model=model,
+            size=(frames, height, width),
+            frame_range=(start, stride),
+            steps=steps,
+            seed=seed,
+            as_json=as_json,
+            screen=screen,
+        )
+
+
+@app.command()
+def extract(
+    reference: Annotated[str, typer.Argument(help="Reference video.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the motion goes (safetensors).")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the motion over the frames into this PNG.")] = None,
+    block: Annotated[int | None, typer.Option(help="Transformer block (default: the model's).")] = None,
+    model: ModelOption = "mini",
+    frames: FramesOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    start: Annotated[int, typer.Option(help="First frame used.")] = 0,
+    stride: Annotated[int, typer.Option(help="Every how many frames one is used.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Extract the attention motion flow of a video, and draw it.
+
+    ditflow extract bmx.mp4 -o bmx.safetensors --plot bmx.png
+    """
+    from jobs import single
+
+    with expected_errors():
+        single.extract(
+            reference=reference,
+            output=output,
+            plot=plot,
+            block=block,
+            model=model,
+            size=(frames, height, width),
+            frame_range=(start, stride),
+            as_json=as_json,
+            screen=screen,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- jobs
+
+
+@app.command()
+def plan(
+    job: Annotated[Path, typer.Argument(help="Job spec (YAML).")],
+    set_: SetOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a job and count its rows to do, done and failed. Starts nothing.
+
+    ditflow plan jobs/quickstart.yaml --set seeds=[1,2,3]
+    """
+    with expected_errors():
+        spec, planned = _planned(job, set_, retry=())
+        if as_json:
+            _emit(name=spec.job.name, kind=spec.job.kind, rows=planned.total, **planned.counts)
+        _print_plan(spec, planned)
+
+
+@app.command()
+def run(
+    jobs: Annotated[list[Path], typer.Argument(help="Job specs (YAML), run one after the other.")],
+    set_: SetOption = None,
+    retry: Annotated[list[str] | None, typer.Option(help="Do rows again that ended as: failed, quarantined.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a job, or go on with it: only rows without a record are done.
+
+    Runs on this machine, or on the Ray cluster at RAY_ADDRESS.
+
+    ditflow run jobs/quickstart.yaml
+    ditflow run my-job.yaml --set model.path=mini --retry failed
+    """
+    with expected_errors():
+        valid = {"failed", "quarantined"}
+        if not set(retry or ()) <= valid:
+            raise ValueError(f"--retry: {retry} is not valid: expected {' or '.join(sorted(valid))}")
+        ok = [_run_one(job, set_, tuple(retry or ()), as_json) for job in jobs]
+    if not all(ok):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as_json: bool) -> bool:
+    """Run one job; return whether all its rows are ok."""
+    from jobs.display import RowProgress
+    from pipeline.run import run_plan
+
+    spec, planned = _planned(path, overrides, retry)
+    _print_plan(spec, planned)
+    with RowProgress(spec.job.name, len(planned.todo), screen) as progress:
+
+        def on_row(row: dict[str, Any]) -> None:
+            progress.show(row)
+            if as_json:
+                _emit(**row)
+
+        tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row)
+    failed = tally.failed + tally.quarantined + sum(planned.counts.get(s, 0) for s in ("failed", "quarantined"))
+    if planned.todo:
+        screen.print(
+            f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
+        )
+    if failed:
+        screen.print(f"{failed} rows failed: ditflow manifest show {spec.job.output.uri} --status failed")
+    return failed == 0
+
+
+def _planned(path: Path, overrides: list[str] | None, retry: tuple[str, ...]) -> tuple[ReadySpec, Any]:
+    from jobs.spec import check_output, load_spec
+    from pipeline.plan import make_plan
+
+    spec = load_spec(path, overrides or ())
+    check_output(spec.job)
+    return spec, make_plan(spec.job, spec.model.revision, retry)
+
+
+def _print_plan(spec: ReadySpec, planned: Any) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
+    extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
+    screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
+    screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="Output folder of a job.")],
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Show how far a job is: rows by status, losses, rows per hour, time left."""
+    from jobs.display import job_status, print_status
+
+    with expected_errors():
+        facts = job_status(_store(output, storage))
+        _emit(**facts) if as_json else print_status(facts, screen)
+
+
+@manifest_app.command("show")
+def manifest_show(
+    output: Annotated[str, typer.Argument(help="Output folder of a job.")],
+    status: Annotated[str | None, typer.Option(help="Only rows with this status.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns, separated by commas, or 'all'.")] = None,
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the manifest as a table; with --json, a line per row."""
+    from jobs.display import print_rows
+    from pipeline.manifest import Manifest
+    from pipeline.record import COLUMN_NAMES
+
+    shown = ["row_id", "status", "prompt", "seed", "loss_first", "loss_final", "seconds_total", "error_message"]
+    if columns is not None:
+        shown = list(COLUMN_NAMES) if columns == "all" else columns.split(",")
+    with expected_errors():
+        table = Manifest(_store(output, storage)).read(list(dict.fromkeys(["status", *shown])))
+        rows = [row for row in table.to_pylist() if status in (None, row["status"])]
+        for row in rows if as_json else ():
+            _emit(**{name: row[name] for name in shown})
+        if not as_json:
+            print_rows(shown, rows)
+
+
+@manifest_app.command("verify")
+def manifest_verify(
+    output: Annotated[str, typer.Argument(help="Output folder of a job.")],
+    hashes: Annotated[bool, typer.Option(help="Read every output and check its hash.")] = True,
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Check every output of the manifest: there, of the right size, with the right hash, and nothing else there."""
+    from dataclasses import asdict
+
+    from pipeline.manifest import Manifest
+
+    with expected_errors():
+        manifest = Manifest(_store(output, storage))
+        problems, rows = manifest.verify(check_hashes=hashes), len(manifest.statuses())
+    for problem in problems:
+        _emit(**asdict(problem)) if as_json else print(f"{problem.kind}: {problem.row_id or ''} {problem.detail}")
+    screen.print(f"{rows} rows, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(OTHER_ERROR)
+
+
+@bank_app.command("list")
+def bank_list(
+    output: Annotated[str, typer.Argument(help="Output folder of a build-bank job.")],
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """List the motion banks of a job, with size, model and losses."""
+    from jobs.display import bank_rows, print_rows
+
+    with expected_errors():
+        rows = bank_rows(_store(output, storage))
+        for row in rows if as_json else ():
+            _emit(**row)
+        if not as_json:
+            print_rows(["bank_id", "bytes", "model", "grid", "loss_first", "loss_final", "prompt", "reference"], rows)
+
+
+@bank_app.command("show")
+def bank_show(
+    bank: Annotated[str, typer.Argument(help="A bank's file (path or URI).")],
+    storage: StorageOption = "{}",
+) -> None:
+    """Show all that a motion bank says of itself, as JSON."""
+    from dataclasses import asdict
+
+    from ditflow.bank import MotionBank
+    from pipeline.store import read_uri
+
+    with expected_errors():
+        header = MotionBank.read_header(read_uri(bank, json.loads(storage)), bank)
+        print(json.dumps(asdict(header), indent=2))
+
+
+def _store(output: str, storage: str) -> Any:
+    from pipeline.store import Store
+
+    return Store(output, json.loads(storage))
+
+
+# ------------------------------------------------------------------------------------------------------ the rest
+
+
+@app.command()
+def doctor(
+    model: ModelOption = "mini",
+    output: Annotated[str | None, typer.Option(help="Also check that this output folder can be written to.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check what works here: Python, GPU, video codecs, model folder, storage."""
+    from jobs.doctor import examine
+
+    findings = list(examine(model, output))
+    for finding in findings:
+        if as_json:
+            _emit(**finding)
+        else:
+            screen.print(f"{'ok  ' if finding['ok'] else 'FAIL'} {finding['what']}: {finding['found']}")
+    if not all(finding["ok"] for finding in findings):
+        raise typer.Exit(OTHER_ERROR)
+
+
+@mini_app.command("clips")
+def mini_clips(
+    folder: Annotated[Path, typer.Argument(help="Where the clips go.")],
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+) -> None:
+    """Render clips of the synthetic world, with known motion, as reference videos. Existing files are kept."""
+    from jobs.single import render_clips
+
+    render_clips(folder, count, seed)

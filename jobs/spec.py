@@ -1,0 +1,243 @@
+"""The job spec: the only reader of YAML.
+
+The keys are the fields of `pipeline.job.Job` and of the settings in it. Every mistake is reported with its key, its
+line, what came and what is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ditflow import backbones
+from ditflow.backbones import ModelIdentity, ModelNotFoundError
+from ditflow.settings import SettingsError
+from pipeline.job import KINDS, Job
+from pipeline.store import Store, StoreError
+
+PRESETS = Path(__file__).parent
+
+
+class SpecError(ValueError):
+    """A job spec that cannot be run; one line for each mistake."""
+
+
+@dataclass(frozen=True)
+class ReadySpec:
+    """A job that is ready to be planned, the model it will run on, and the resolved spec as YAML."""
+
+    job: Job
+    model: ModelIdentity
+    yaml: str
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> ReadySpec:
+    """Read, check and resolve a job spec. `overrides` are texts like `model.path=mini`.
+
+    Raises SpecError with every mistake that was found.
+    """
+    text = _read(Path(path))
+    lines = _Lines(text, str(path))
+    values = _parse(text, str(path))
+    for override in overrides:
+        _override(values, override)
+    unknown = list(_unknown_keys(values, Job, ()))
+    if unknown:
+        raise SpecError("\n".join(lines.at(keys, message) for keys, message in unknown))
+    job = _validate(values, lines)
+    return _resolve(job, lines)
+
+
+def check_output(job: Job) -> None:
+    """Raise SpecError unless the job's output can be written to."""
+    try:
+        Store(job.output.uri, job.storage_options).check_writable()
+    except StoreError as error:
+        raise SpecError(f"output.uri: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.yaml")))
+        raise SpecError(f"{path}: cannot be read: {error}. Presets in {PRESETS}: {presets}") from error
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{name}: it is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(Job))}")
+    return values
+
+
+class _Lines:
+    """Where each key of a YAML text stands."""
+
+    def __init__(self, text: str, name: str):
+        self._name = name
+        self._lines: dict[tuple[str, ...], int] = {}
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            self._walk(root, ())
+
+    def _walk(self, node: Any, keys: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                path = (*keys, str(key.value))
+                self._lines[path] = key.start_mark.line + 1
+                self._walk(value, path)
+
+    def at(self, keys: Iterable[str], message: str) -> str:
+        """One line of an error: file, line (of the nearest key that has one), key, message."""
+        path = tuple(keys)
+        line = next((self._lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self._lines), None)
+        where = f"{self._name}:{line}" if line else self._name
+        return f"{where}: {'.'.join(path)}: {message}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise SpecError(f"--set {override}: expected KEY=VALUE, such as model.path=mini")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise SpecError(f"--set {override}: {parent} is no section but {inner!r}")
+        values = inner
+    values[last] = yaml.safe_load(text)
+
+
+# ------------------------------------------------------------------------------------------------ keys and types
+
+
+def _keys_of(section: type) -> list[str]:
+    return [f.name for f in fields(section)]
+
+
+def _unknown_keys(values: Any, section: type, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key that its section does not have, with the nearest that it has."""
+    if not isinstance(values, Mapping):
+        return
+    hints, valid = get_type_hints(section), _keys_of(section)
+    for key, value in values.items():
+        path = (*keys, str(key))
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            yield path, f"there is no such key; {hint}Valid here: {', '.join(valid)}"
+            continue
+        inner = _section_in(hints[key])
+        if inner is not None:
+            yield from _unknown_keys(value, inner, path)
+
+
+def _section_in(hint: Any) -> type | None:
+    """Return the dataclass of a type, also inside a union."""
+    options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((option for option in options if is_dataclass(option) and isinstance(option, type)), None)
+
+
+def _validate(values: dict[str, Any], lines: _Lines) -> Job:
+    try:
+        return _ADAPTER.validate_python(_without_auto(values))
+    except ValidationError as error:
+        raise SpecError("\n".join(dict.fromkeys(_explain(e, lines) for e in error.errors()))) from error
+
+
+_ADAPTER: TypeAdapter[Job] = TypeAdapter(Job)
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """`auto` in method and sampling means the model's own default, which is None in the settings."""
+    sections = {
+        name: {key: None if value == "auto" else value for key, value in values[name].items()}
+        for name in ("method", "sampling")
+        if isinstance(values.get(name), dict)
+    }
+    return {**values, **sections}
+
+
+def _explain(error: Mapping[str, Any], lines: _Lines) -> str:
+    """Turn one of pydantic's errors into one line."""
+    keys = [str(part) for part in error["loc"] if not _UNION_MEMBER.match(str(part))]
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return lines.at([*keys, cause.key], str(cause).removeprefix(f"{cause.key}: "))
+    came = "" if error["type"] == "missing" else f"{error['input']!r} is not valid: "
+    return lines.at(keys, f"{came}{error['msg'].removeprefix('Value error, ')}")
+
+
+_UNION_MEMBER = re.compile(r"(Table|str|int|float|bool|(tuple|literal)\[.*)$")
+"""Names that pydantic puts into an error's location for the members of a union."""
+
+
+# --------------------------------------------------------------------------------------------- the model's part
+
+
+def _resolve(job: Job, lines: _Lines) -> ReadySpec:
+    """Fill in the model's defaults and check what only the model can tell."""
+    try:
+        model = backbones.identify(job.model.path, download=job.model.download)
+    except ModelNotFoundError as error:
+        raise SpecError(lines.at(["model", "path"], str(error))) from error
+    defaults = model.geometry.defaults
+    resolved = replace(job, method=job.method.resolve(defaults), sampling=job.sampling.resolve(defaults))
+    mistakes = list(_misfits(resolved, model, lines))
+    if mistakes:
+        raise SpecError("\n".join(mistakes))
+    return ReadySpec(resolved, model, to_yaml(resolved))
+
+
+def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
+    """What a job asks that its model, or its kind, cannot do."""
+    geometry, steps = model.geometry, job.sampling.steps
+    assert steps is not None
+    checks = {
+        "references": lambda: job.kind == "reuse" or geometry.latent_shape(*job.references.size),
+        "method": lambda: job.method.needs_reference and job.method.count_guided_steps(steps),
+        "method ": lambda: geometry.check_blocks(job.method.blocks or ()),
+        "": lambda: _check_kind(job),
+    }
+    for section, check in checks.items():
+        try:
+            check()
+        except SettingsError as error:
+            keys = [*([section.strip()] if section else []), *error.key.split(".")]
+            yield lines.at(keys, str(error).removeprefix(f"{error.key}: "))
+
+
+def _check_kind(job: Job) -> None:
+    """Raise SettingsError for a method that makes no sense in this kind of job."""
+    learns = job.method.loss is not None and job.method.optimize == "position"
+    if job.kind in ("build-bank", "reuse") and not learns:
+        came = f"{job.method.name}, optimize: {job.method.optimize}"
+        raise SettingsError("method", came, f"a method with a motion loss and optimize: position for kind {job.kind}")
+    if job.kind == "extract" and job.method.loss is None:
+        raise SettingsError("method.name", job.method.name, "a method with a motion loss for kind extract")
+
+
+def to_yaml(job: Job) -> str:
+    """Return the job as YAML that `load_spec` reads again."""
+    assert job.kind in KINDS
+    return yaml.safe_dump(_plain(dataclasses.asdict(job)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,80 @@
+"""The dataset of a job: the only place that builds one, and it reads like the diagram.
+
+    plan -> work by reference -> read + decode -> extract motion -> fan out -> finish row -> manifest
+                                 (CPU tasks)      (actors)                     (actors)
+
+Every block has one row: a finished row is then a unit of its own, which no other row's failure takes along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from pipeline.job import Job, Pool
+from pipeline.plan import WorkRow
+from pipeline.stages.extract import ExtractMotion, fan_out
+from pipeline.stages.generate import FinishRow
+from pipeline.stages.read import Row, read_reference
+
+# Logical CPUs. Small, so that both pools and the readers fit on any machine: actors live on their GPU, or on as many
+# threads as `resources.threads` says. Different, or Ray would fuse the readers into the actors and decode on the GPU's
+# time.
+_READER_CPUS, _ACTOR_CPUS = 0.5, 0.25
+# On one GPU both pools live side by side: extraction is a small part of the work.
+_EXTRACT_GPU_SHARE, _GENERATE_GPU_SHARE = 0.2, 0.8
+
+
+def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterator[Row]:
+    """Run the rows to do; yield each row's id, status, final loss, seconds and error as it is committed."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = build(job, todo, model_revision)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
+    """Return the lazy dataset whose consumption does the work."""
+    arguments = {"job": job, "model_revision": model_revision}
+    if job.method.needs_reference and job.kind != "reuse":
+        references = _one_row_blocks(_by_reference(todo))
+        read = references.map(read_reference, fn_kwargs={"job": job}, num_cpus=_READER_CPUS)
+        extracted = read.map(
+            ExtractMotion,
+            fn_constructor_kwargs=arguments,
+            **_actors(job.resources.extract, _EXTRACT_GPU_SHARE),
+        )
+        work = extracted.flat_map(fan_out, num_cpus=_READER_CPUS).repartition(target_num_rows_per_block=1)
+    else:
+        work = _one_row_blocks([{"work": row.to_json()} for row in todo])
+    return work.map(
+        FinishRow,
+        fn_constructor_kwargs=arguments,
+        **_actors(job.resources.generate, _GENERATE_GPU_SHARE),
+    )
+
+
+def _by_reference(todo: list[WorkRow]) -> list[Row]:
+    """One row per reference, with the JSON list of all work on it."""
+    ordered = sorted(todo, key=lambda row: row.motion_id or "")
+    grouped = groupby(ordered, key=lambda row: row.motion_id or "")
+    return [{"motion_id": motion, "work": json.dumps([row.to_json() for row in rows])} for motion, rows in grouped]
+
+
+def _one_row_blocks(rows: list[Row]) -> Dataset:
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
+
+
+def _actors(pool: Pool, gpu_share: float) -> dict[str, Any]:
+    """An actor pool with one row in flight per actor: a row that kills its process takes no other along."""
+    least, most = pool.bounds
+    shared = gpu_share if ray.cluster_resources().get("GPU", 0) else 0.0
+    gpus = shared if pool.gpus == "auto" else pool.gpus
+    compute = ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1)
+    return {"compute": compute, "num_cpus": _ACTOR_CPUS, "num_gpus": gpus}

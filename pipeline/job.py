@@ -1,0 +1,186 @@
+"""A job, fully resolved: what `jobs/spec.py` reads from YAML and every stage works by.
+
+Plain frozen dataclasses, cheap to send to workers. Field names are the keys of the job spec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
+from pipeline.faults import Policy
+
+KINDS = ("extract", "synthesize", "build-bank", "reuse")
+DEFAULT_FPS = 8.0
+"""Frames per second of a video without a reference: what CogVideoX was trained on."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and how it is run. See `ditflow.backbones.load` and `ExecutionSettings`."""
+
+    path: str = "mini"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    download: bool = False
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+
+@dataclass(frozen=True)
+class References:
+    """Where reference videos are, and which frames of them are used, at which size.
+
+    uri: a file, a folder with `glob`, a pattern, or a list of these. fit: `crop` scales to cover and crops the
+    centre, so that motion keeps its direction; `stretch` changes the aspect ratio.
+    """
+
+    uri: str | tuple[str, ...] = ()
+    glob: str = "*.mp4"
+    frames: int = 49
+    height: int = 480
+    width: int = 720
+    start: int = 0
+    stride: int = 1
+    fit: Literal["crop", "stretch"] = "crop"
+
+    def __post_init__(self) -> None:
+        for key, least in (("frames", 2), ("height", 8), ("width", 8), ("start", 0), ("stride", 1)):
+            if getattr(self, key) < least:
+                raise SettingsError(key, getattr(self, key), f"at least {least}")
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The URIs as a tuple, however many were given."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the videos that are made."""
+        return (self.frames, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Where the motion banks of a `reuse` job are."""
+
+    uri: str | tuple[str, ...] = ()
+    glob: str = "*.safetensors"
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The URIs as a tuple, however many were given."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Parquet, CSV or JSON-lines file. 
+
+    As prompts, `column` holds them. As pairing it has the columns reference (or bank), prompt and, if it varies, seed.
+    """
+
+    uri: str
+    column: str = "prompt"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where everything is written. fps: frames per second of the videos (None: the reference's)."""
+
+    uri: str
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps <= 240:
+            raise SettingsError("fps", self.fps, "above 0 and at most 240")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One actor pool. actors: how many, or [least, most]. gpus: of each actor; `auto` shares every GPU there is."""
+
+    actors: int | tuple[int, int] = 1
+    gpus: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        least, most = self.bounds
+        if not 1 <= least <= most:
+            raise SettingsError("actors", self.actors, "a count of at least 1, or [least, most]")
+        if self.gpus != "auto" and self.gpus < 0:
+            raise SettingsError("gpus", self.gpus, "auto, or a number of at least 0, such as 0.5 or 1")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and most actors."""
+        return (self.actors, self.actors) if isinstance(self.actors, int) else self.actors
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out)."""
+
+    extract: Pool = field(default_factory=Pool)
+    generate: Pool = field(default_factory=Pool)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SettingsError("threads", self.threads, "at least 1, or null")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. `method` and `sampling` are resolved: nothing in them is None."""
+
+    kind: Literal["extract", "synthesize", "build-bank", "reuse"]
+    name: str
+    output: Output
+    model: Model = field(default_factory=Model)
+    references: References = field(default_factory=References)
+    banks: Banks = field(default_factory=Banks)
+    prompts: tuple[str, ...] | Table = ()
+    pairing: Literal["product", "zip"] | Table = "product"
+    seeds: tuple[int, ...] = (0,)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    resources: Resources = field(default_factory=Resources)
+    faults: Policy = field(default_factory=Policy)
+    storage_options: dict[str, Any] = field(default_factory=dict)
+
+    ROW_FORMAT: ClassVar[int] = 1
+    """Raised when the same settings come to mean other bytes."""
+
+    def row_settings(self) -> dict[str, Any]:
+        """Every setting that decides a row's output, as JSON values."""
+        return {
+            "method": settings_dict(self.method),
+            "sampling": settings_dict(self.sampling),
+            "video": None if self.kind == "reuse" else self._video_settings(),
+            "fps": self.output.fps,
+            "dtype": self.model.dtype,
+        }
+
+    def _video_settings(self) -> dict[str, Any]:
+        """Which frames of a reference are used; with `reuse` the bank decides."""
+        return {key: getattr(self.references, key) for key in ("frames", "height", "width", "start", "stride", "fit")}
+
+    def extraction_settings(self) -> dict[str, Any]:
+        """Every setting that decides what is extracted from a reference."""
+        settings = self.row_settings()
+        method = {key: settings["method"][key] for key in ("blocks", "loss_entries")}
+        return {
+            "loss": self.method.loss,
+            "latents": self.method.injects,
+            "method": method,
+            "video": settings["video"],
+            "dtype": self.model.dtype,
+        }
+
+
+def content_id(**content: Any) -> str:
+    """Hash of JSON values: 24 hex digits, the same for the same content."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

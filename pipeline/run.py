@@ -1,0 +1,80 @@
+"""Running a job from the driver: Ray, the saved spec, and the rows as they end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import ray
+
+from pipeline.graph import finished_rows
+from pipeline.job import Job
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
+from pipeline.stages.read import Row
+from pipeline.store import Store
+
+RUN_KEY = "run.json"
+"""What the latest run set out to do: rows planned in all, rows to do, and when (seconds since 1970)."""
+
+_LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+@dataclass
+class Tally:
+    """Rows of this run by status."""
+
+    ok: int = 0
+    failed: int = 0
+    quarantined: int = 0
+
+    def count(self, status: str) -> None:
+        """Count one more row."""
+        setattr(self, status, getattr(self, status) + 1)
+
+
+def connect() -> None:
+    """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    # Actors without a GPU must not lose sight of those that Ray does not manage; the core's own log has nothing to say.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
+
+
+def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: Callable[[Row], None]) -> Tally:
+    """Do the rows of a plan and return how they ended. The resolved spec is saved first as `job.yaml`.
+
+    Raises what stops a whole job: a model that cannot load, storage that refuses.
+    """
+    tally = Tally()
+    if not plan.todo:
+        return tally
+    store = Store(job.output.uri, job.storage_options)
+    store.put("job.yaml", spec_yaml.encode())
+    store.put(RUN_KEY, json.dumps({"planned": plan.total, "started_at": time.time(), "todo": len(plan.todo)}).encode())
+    Manifest(store).forget(plan.retried)
+    connect()
+    for row in finished_rows(_with_threads(job), plan.todo, model_revision):
+        tally.count(row["status"])
+        on_row(row)
+    return tally
+
+
+def _with_threads(job: Job) -> Job:
+    """Settle the number of CPU threads before the work begins: sums in another order give other bytes."""
+    if job.resources.threads is not None:
+        return job
+    cores = len(os.sched_getaffinity(0))
+    share = max(1, cores // job.resources.generate.bounds[1])
+    return replace(job, resources=replace(job.resources, threads=share))

@@ -1,0 +1,115 @@
+"""One attempt after another at one piece of work, in the process that does it.
+
+Ray would repeat a task that raises for ever, and repeat a task whose process dies for ever too. So nothing raises out
+of a stage: an error becomes a `Fault` that travels with the row. A process that dies leaves its mark in the ledger,
+and the next process that is handed the same work gives it up when there are too many.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from pipeline.faults import Fault, Ledger, classify
+from pipeline.job import Job
+from pipeline.manifest import Manifest
+from pipeline.store import Store
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[_Result]):
+    """What came of a piece of work: a result or a fault, after how many attempts."""
+
+    result: _Result | None
+    fault: Fault | None
+    attempts: int
+
+    def fault_json(self) -> str:
+        """The fault for a column of a dataset: JSON, null if there is none."""
+        return json.dumps(self.fault and {**asdict(self.fault), "attempts": self.attempts})
+
+
+def earlier_fault(row: Mapping[str, Any]) -> Outcome[Any] | None:
+    """Return how an earlier stage failed this row, or None if none did."""
+    values = json.loads(row.get("fault", "null"))
+    if values is None:
+        return None
+    attempts = values.pop("attempts")
+    return Outcome(None, Fault(**values), attempts)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a stage works with: the job and its storage."""
+
+    job: Job
+
+    @cached_property
+    def store(self) -> Store:
+        """The job's output folder."""
+        return Store(self.job.output.uri, self.job.storage_options)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The job's manifest."""
+        return Manifest(self.store)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Attempts that were begun and not ended."""
+        return Ledger(self.store)
+
+    def attempt(
+        self, work_id: str, work: Callable[[], _Result], sleep: Callable[[float], None] = time.sleep
+    ) -> Outcome:
+        """Do `work`, again after errors that may pass, and return how it ended. Raises only what storage raises.
+
+        Call `ledger.end(work_id)` when the outcome is safe.
+        """
+        policy = self.job.faults
+        number = self._begin(work_id)
+        if number > policy.worker_died_attempts:
+            return Outcome(None, _killer(number - 1), number - 1)
+        for tried in range(1, policy.attempts + 1):
+            try:
+                return Outcome(work(), None, number)
+            except Exception as error:
+                fault = classify(error)
+                # The traceback holds the failed attempt's tensors.
+                del error
+            if fault.kind == "permanent" or tried == policy.attempts:
+                return Outcome(None, fault, number)
+            if fault.kind == "out_of_memory":
+                _free_memory()
+            sleep(min(policy.base_seconds * 2**tried, policy.max_seconds))
+            number = self._begin(work_id)
+        raise AssertionError("unreachable: policy.attempts is at least 1")
+
+    def _begin(self, work_id: str) -> int:
+        return self.ledger.begin(work_id, {"node": socket.gethostname(), "pid": os.getpid()})
+
+
+def _killer(attempts: int) -> Fault:
+    return Fault(
+        "worker_died",
+        "WorkerDied",
+        f"the process ended {attempts} times in the middle of this row, without an error of its own: a crash in native "
+        "code, the machine's memory, or a preempted machine. Retry with --retry quarantined, or remove the input.",
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,46 @@
+"""Extract a reference's motion, once for all rows that use it: an actor pool."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from ditflow.reference import extract_motion
+from pipeline.job import Job
+from pipeline.stages.attempt import Desk, Outcome, earlier_fault
+from pipeline.stages.read import Row, motion_key
+from pipeline.stages.worker import Worker
+
+
+class ExtractMotion:
+    """Stores the motion of decoded references under `amf/`; adds amf_uri, seconds_extract and fault."""
+
+    def __init__(self, job: Job, model_revision: str):
+        self._desk, self._worker = Desk(job), Worker(job, model_revision)
+
+    def __call__(self, row: Row) -> Row:
+        """Replace the frames of a row by the URI of their motion."""
+        frames, fps = row.pop("frames"), row.pop("fps")
+        key, started = motion_key(row["motion_id"]), time.perf_counter()
+        if earlier_fault(row) is None and len(frames):
+            outcome: Outcome[None] = self._desk.attempt(row["motion_id"], lambda: self._extract(key, frames, fps))
+            self._desk.ledger.end(row["motion_id"])
+            row["fault"] = outcome.fault_json()
+        return {**row, "amf_uri": self._desk.store.uri_of(key), "seconds_extract": time.perf_counter() - started}
+
+    def _extract(self, key: str, frames: np.ndarray, fps: float) -> None:
+        motion = extract_motion(self._worker.backbone, frames, self._desk.job.method)
+        self._desk.store.put(key, replace(motion, fps=fps).to_bytes())
+
+
+def fan_out(row: Row) -> Iterator[Row]:
+    """One row per piece of work: the reference's row for each of its prompts and seeds."""
+    shared = {key: row[key] for key in ("amf_uri", "seconds_read", "seconds_extract", "fault")}
+    for number, work in enumerate(json.loads(row["work"])):
+        # What was done once is counted once.
+        once = {} if number == 0 else {"seconds_read": 0.0, "seconds_extract": 0.0}
+        yield {"work": work, **shared, **once}

@@ -1,0 +1,206 @@
+"""The last stage of every kind of job: make the output, store it, then record the row. An actor pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any
+
+from ditflow.bank import MotionBank
+from ditflow.reference import MotionReference
+from ditflow.transfer import Transferred, learn_bank, transfer_motion
+from ditflow.video import encode_video
+from pipeline.job import DEFAULT_FPS, Job
+from pipeline.plan import Input, WorkRow
+from pipeline.stages.attempt import Desk, Outcome, earlier_fault
+from pipeline.stages.read import Row, read_unchanged
+from pipeline.stages.worker import Worker
+from pipeline.store import Stored, read_uri
+
+Columns = dict[str, Any]
+"""Values of manifest columns."""
+Size = tuple[int, int, int]
+"""Frames, height and width."""
+
+
+class FinishRow:
+    """Ends every planned row: ok, failed or quarantined, with exactly one row of the manifest."""
+
+    def __init__(self, job: Job, model_revision: str):
+        self._job, self._revision = job, model_revision
+        self._desk = Desk(job)
+        self._worker = None if job.kind == "extract" else Worker(job, model_revision)
+        self._motion = lru_cache(maxsize=2)(self._read_motion)
+        self._bank = lru_cache(maxsize=2)(self._read_bank)
+        self._makers: dict[str, Callable[[WorkRow, Row], Columns]] = {
+            "extract": self._take_motion,
+            "synthesize": self._synthesize,
+            "reuse": self._synthesize,
+            "build-bank": self._build_bank,
+        }
+
+    def __call__(self, row: Row) -> Row:
+        """Make one row's output and commit it; return what the driver shows."""
+        work = WorkRow.from_json(row["work"])
+        started_at, started = datetime.now(timezone.utc), time.perf_counter()
+        outcome: Outcome[Columns] = earlier_fault(row) or self._desk.attempt(work.row_id, lambda: self._make(work, row))
+        committed = self._desk.manifest.commit(
+            {
+                **self._identity(work, row),
+                **(outcome.result or {}),
+                **_ending(outcome),
+                "started_at": started_at,
+                "finished_at": datetime.now(timezone.utc),
+                "seconds_total": time.perf_counter() - started,
+            }
+        )
+        self._desk.ledger.end(work.row_id)
+        return {key: committed[key] for key in ("row_id", "status", "loss_final", "seconds_total", "error_message")}
+
+    # ------------------------------------------------------------------ what is made
+
+    def _make(self, work: WorkRow, row: Row) -> Columns:
+        if self._worker is not None:
+            self._worker.reset_peak_memory()
+        columns = self._makers[self._job.kind](work, row)
+        return {**columns, **(self._worker.facts() if self._worker is not None else {})}
+
+    def _take_motion(self, work: WorkRow, row: Row) -> Columns:
+        """The output of an `extract` job is there already: the motion itself."""
+        data = read_uri(row["amf_uri"], self._job.storage_options)
+        motion = MotionReference.from_bytes(data, row["amf_uri"])
+        stored = Stored(row["amf_uri"], hashlib.sha256(data).hexdigest(), len(data))
+        return {**_stored(stored), **_video(self._job.references.size, motion.fps)}
+
+    def _synthesize(self, work: WorkRow, row: Row) -> Columns:
+        """Generate a video: plain, guided by a reference's motion, or with a bank."""
+        assert self._worker is not None and work.prompt is not None and work.seed is not None
+        reference, size, fps = self._reference(work, row)
+        result = transfer_motion(
+            self._worker.backbone,
+            work.prompt,
+            reference=reference,
+            size=size,
+            method=self._job.method,
+            sampling=self._job.sampling,
+            seed=work.seed,
+        )
+        assert result.video is not None
+        encoding = time.perf_counter()
+        data = encode_video(result.video, fps)
+        encoded = time.perf_counter()
+        stored = self._desk.store.put(f"videos/{work.row_id}.mp4", data)
+        timings = {"seconds_encode": encoded - encoding, "seconds_write": time.perf_counter() - encoded}
+        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
+
+    def _build_bank(self, work: WorkRow, row: Row) -> Columns:
+        """Learn a bank; its id is the row's."""
+        assert self._worker is not None and work.prompt is not None and work.seed is not None
+        reference, size, fps = self._reference(work, row)
+        assert isinstance(reference, MotionReference)
+        result = learn_bank(
+            self._worker.backbone,
+            work.prompt,
+            reference=reference,
+            size=size,
+            method=self._job.method,
+            sampling=self._job.sampling,
+            seed=work.seed,
+        )
+        assert result.bank is not None and work.reference is not None
+        provenance = {
+            **result.bank.header.provenance,
+            "fps": fps,
+            "reference_uri": work.reference.uri,
+            "reference_sha256": work.reference.sha256,
+            "seed": work.seed,
+        }
+        bank = replace(result.bank, header=replace(result.bank.header, provenance=provenance))
+        writing = time.perf_counter()
+        stored = self._desk.store.put(f"banks/{work.row_id}.safetensors", bank.to_bytes())
+        timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}
+        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
+
+    def _reference(self, work: WorkRow, row: Row) -> tuple[MotionReference | MotionBank | None, Size, float]:
+        """What moves the new video, the video's size, and its frames per second."""
+        size, own_fps = self._job.references.size, self._job.output.fps
+        if work.bank is not None:
+            bank = self._bank(work.bank)
+            frames, height, width = bank.header.provenance["size"]
+            return bank, (frames, height, width), own_fps or bank.header.provenance.get("fps") or DEFAULT_FPS
+        if row.get("amf_uri") is None:
+            return None, size, own_fps or DEFAULT_FPS
+        motion = self._motion(row["amf_uri"])
+        return motion, size, own_fps or motion.fps or DEFAULT_FPS
+
+    def _read_motion(self, uri: str) -> MotionReference:
+        return MotionReference.from_bytes(read_uri(uri, self._job.storage_options), uri)
+
+    def _read_bank(self, bank: Input) -> MotionBank:
+        return MotionBank.from_bytes(read_unchanged(bank, self._job), bank.uri)
+
+    # ------------------------------------------------------------------ what is recorded
+
+    def _identity(self, work: WorkRow, row: Row) -> Columns:
+        """The columns that are known before anything is made."""
+        job, kind = self._job, self._job.kind
+        return {
+            "row_id": work.row_id,
+            "job": job.name,
+            "kind": kind,
+            "reference_uri": work.reference and work.reference.uri,
+            "reference_sha256": work.reference and work.reference.sha256,
+            "bank_uri": work.bank and work.bank.uri,
+            "prompt": work.prompt,
+            "negative_prompt": None if kind == "extract" else job.sampling.negative_prompt,
+            "seed": work.seed,
+            "method": job.method.name,
+            "optimize": "zero-shot" if kind == "reuse" else job.method.optimize if job.method.loss else None,
+            "model": job.model.path,
+            "model_revision": self._revision,
+            "spec_json": json.dumps(job.row_settings(), sort_keys=True),
+            "amf_uri": row.get("amf_uri") if earlier_fault(row) is None else None,
+            "seconds_read": row.get("seconds_read"),
+            "seconds_extract": row.get("seconds_extract"),
+        }
+
+
+def _ending(outcome: Outcome[Columns]) -> Columns:
+    """The columns that tell how a row ended."""
+    fault = outcome.fault
+    if fault is None:
+        return {"status": "ok", "attempts": outcome.attempts}
+    return {
+        "status": "quarantined" if fault.kind == "worker_died" else "failed",
+        "attempts": outcome.attempts,
+        "error_kind": fault.kind,
+        "error_class": fault.error_class,
+        "error_message": fault.message,
+    }
+
+
+def _video(size: Size, fps: float | None) -> Columns:
+    frames, height, width = size
+    return {"frames": frames, "height": height, "width": width, "fps": fps}
+
+
+def _stored(stored: Stored) -> Columns:
+    return {"output_uri": stored.uri, "output_sha256": stored.sha256, "output_bytes": stored.bytes}
+
+
+def _losses(result: Transferred) -> Columns:
+    losses = [loss for step in result.losses for loss in step]
+    return {"losses": losses, "loss_first": losses[0], "loss_final": losses[-1]} if losses else {"losses": []}
+
+
+def _timings(result: Transferred) -> Columns:
+    return {
+        f"seconds_{phase}": result.seconds[phase]
+        for phase in ("guidance", "denoise", "decode")
+        if phase in result.seconds
+    }
