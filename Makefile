@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh clone with Python >= 3.10 and git: make quickstart, make test.
+# Two commands do everything on a fresh clone with Python >= 3.11 and git: make quickstart, make test.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -85,12 +85,9 @@ class MotionBank:
 def _header(values: dict[str, Any], name: str) -> BankHeader:
     fields = {key: value for key, value in values.items() if key not in ("kind", "format")}
     try:
-        header = BankHeader(**fields)
-    except TypeError as error:
+        # JSON has no tuples.
+        tuples = {key: tuple(fields[key]) for key in ("grid", "timesteps")}
+        losses = tuple(tuple(step) for step in fields["losses"])
+        return BankHeader(**{**fields, **tuples, "losses": losses})
+    except (TypeError, KeyError) as error:
         raise ArtifactError(f"{name} has an incomplete or unknown motion bank header: {error}") from error
-    tuples = {
-        "grid": tuple(header.grid),
-        "timesteps": tuple(header.timesteps),
-        "losses": tuple(map(tuple, header.losses)),
-    }
-    return BankHeader(**{**fields, **tuples})

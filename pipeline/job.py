@@ -77,7 +77,7 @@ class Banks:
 
 @dataclass(frozen=True)
 class Table:
-    """A Parquet, CSV or JSON-lines file. 
+    """A Parquet, CSV or JSON-lines file.
 
     As prompts, `column` holds them. As pairing it has the columns reference (or bank), prompt and, if it varies, seed.
     """

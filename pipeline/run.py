@@ -41,7 +41,8 @@ def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Rows report their own errors; what Ray says of its progress is not for the person who waits.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)

@@ -7,7 +7,6 @@ and the next process that is handed the same work gives it up when there are too
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -17,12 +16,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from pipeline.faults import Fault, Ledger, classify
+from pipeline.faults import Fault, Ledger, classify, retry_faults
 from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.store import Store
 
 _Result = TypeVar("_Result")
+_WORTH_ANOTHER_TRY = ("transient", "out_of_memory")
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,20 @@ class Desk:
         number = self._begin(work_id)
         if number > policy.worker_died_attempts:
             return Outcome(None, _killer(number - 1), number - 1)
-        for tried in range(1, policy.attempts + 1):
-            try:
-                return Outcome(work(), None, number)
-            except Exception as error:
-                fault = classify(error)
-                # The traceback holds the failed attempt's tensors.
-                del error
-            if fault.kind == "permanent" or tried == policy.attempts:
-                return Outcome(None, fault, number)
-            if fault.kind == "out_of_memory":
-                _free_memory()
-            sleep(min(policy.base_seconds * 2**tried, policy.max_seconds))
-            number = self._begin(work_id)
-        raise AssertionError("unreachable: policy.attempts is at least 1")
+        begun = iter([number])
+
+        def once_more() -> _Result:
+            nonlocal number
+            number = next(begun, 0) or self._begin(work_id)
+            return work()
+
+        try:
+            result = retry_faults(
+                once_more, policy.attempts, policy.base_seconds, policy.max_seconds, sleep, kinds=_WORTH_ANOTHER_TRY
+            )
+        except Exception as error:
+            return Outcome(None, classify(error), number)
+        return Outcome(result, None, number)
 
     def _begin(self, work_id: str) -> int:
         return self.ledger.begin(work_id, {"node": socket.gethostname(), "pid": os.getpid()})
@@ -105,11 +105,3 @@ def _killer(attempts: int) -> Fault:
         f"the process ended {attempts} times in the middle of this row, without an error of its own: a crash in native "
         "code, the machine's memory, or a preempted machine. Retry with --retry quarantined, or remove the input.",
     )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -35,7 +35,7 @@ class Worker:
         if self.backbone.revision != model_revision:
             raise ModelChangedError(
                 f"{model.path} has revision {self.backbone.revision} on {socket.gethostname()}, and the job was "
-                f"planned with {model_revision}: the machines hold different models. Give every machine the same folder."
+                f"planned with {model_revision}: the machines hold different models. Give all the same folder."
             )
 
     def reset_peak_memory(self) -> None:

@@ -240,7 +240,7 @@ def test_temporal_patches_pad_in_front_and_lose_nothing():
 
 def test_a_block_that_the_model_lacks_is_named(backbone):
     latents = noise(backbone)
-    with pytest.raises(ValueError, match="blocks: 7 is not valid.*blocks 0 to 1"):
+    with pytest.raises(ValueError, match="blocks: 7 is not valid.*0 to 1"):
         backbone.capture(
             latents, 0, backbone.encode_prompt(""), (7,), backbone.default_position(backbone.grid(latents))
         )

@@ -1,0 +1,215 @@
+"""Faults: what kind of error ended an attempt, which errors are worth a retry, and how often a row was tried.
+
+The kinds are those of the manifest's `error_kind`. `transient`, `permanent` and `out_of_memory` are told from
+an exception by `classify`; `worker_died` and `deadline` leave no exception behind and are found by who
+watches.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+import tenacity
+
+from pipeline.record import check_row_id
+from pipeline.store import Store, StoreError, is_transient, redact
+
+MESSAGE_CHARACTERS = 2000
+FOLDER = "attempts"
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How often and how patiently a row is tried; every default of the retrying stands here.
+
+    `attempts` counts tries of a row in all; `worker_died_attempts` those that ended with their process, of
+    which more are allowed because preempted machines are no fault of the row. Backoff in seconds.
+
+    Raises ValueError for counts below 1 and for negative or contradicting times.
+    """
+
+    attempts: int = 3
+    worker_died_attempts: int = 5
+    base_seconds: float = 0.5
+    max_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("attempts", "worker_died_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 try is needed.")
+        if not 0 <= self.base_seconds <= self.max_seconds:
+            raise ValueError(
+                f"base_seconds is {self.base_seconds} and max_seconds {self.max_seconds}; expected "
+                "0 <= base_seconds <= max_seconds."
+            )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error as the manifest records it: its kind, its class, and one paragraph without credentials."""
+
+    kind: str
+    error_class: str
+    message: str
+
+
+def classify(error: BaseException) -> Fault:
+    """Return what an exception means for its row: kind, class, and its message with those of its causes.
+
+    out_of_memory if any error of the chain of causes says so, else transient if any is, else permanent: what
+    is not known to pass by itself is not worth another hour of a GPU.
+    """
+    chain = list(_chain(error))
+    return Fault(_kind(chain), type(chain[0]).__name__, _message(chain))
+
+
+def _kind(chain: list[BaseException]) -> str:
+    if any(_is_out_of_memory(error) for error in chain):
+        return "out_of_memory"
+    for error in chain:
+        if isinstance(error, StoreError):  # it has judged its causes already
+            return "transient" if error.transient else "permanent"
+        if is_transient(error):
+            return "transient"
+    return "permanent"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and its causes, outermost first.
+
+    Only what `raise ... from` names is a cause: an error that merely was being handled may be unrelated.
+    Ray's task errors keep the worker's exception in `cause`, and say nothing of their own.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        carried = getattr(current, "cause", None)
+        if isinstance(carried, BaseException):
+            current = carried
+            continue
+        yield current
+        current = current.__cause__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    if any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__):  # torch's, without importing torch
+        return True
+    # Older torch raises a plain RuntimeError, and so do cuBLAS, cuDNN and the CPU allocator.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _MEMORY_SIGNS)
+
+
+_MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "cublas_status_alloc_failed",
+)
+
+
+def _message(chain: list[BaseException]) -> str:
+    parts = []
+    for error in chain:
+        text = " ".join(str(error).split())
+        parts.append(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    # The outermost text stands without its class, which has a column of its own.
+    first = " ".join(str(chain[0]).split())
+    whole = redact("; caused by ".join([first or parts[0], *parts[1:]]))
+    return whole if len(whole) <= MESSAGE_CHARACTERS else whole[: MESSAGE_CHARACTERS - 4] + " ..."
+
+
+def retry_faults(
+    function: Callable[[], _Result],
+    attempts: int,
+    base_seconds: float,
+    max_seconds: float,
+    sleep: Callable[[float], None] = time.sleep,
+    kinds: Collection[str] = ("transient",),
+) -> _Result:
+    """Return `function()`, calling it again after a fault of these kinds, at most `attempts` times in all.
+
+    Waits a random time up to `base_seconds`, then twice that, four times, ... never above `max_seconds`: many
+    workers that failed together must not come back together.
+
+    Raises the function's own error: the last one, or at once one of another kind.
+    """
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_random_exponential(multiplier=base_seconds, max=max_seconds),
+        retry=tenacity.retry_if_exception(lambda error: classify(error).kind in kinds),
+        sleep=sleep,
+        reraise=True,
+    )
+    return retrying(function)
+
+
+class Ledger:
+    """The tries of each row, written to storage before each try, so that a process that dies leaves its mark.
+
+    `attempts/<row_id>/001.json`, `002.json`, ... exist from a try's beginning until its row is in the
+    manifest. Cheap to pickle, like its store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def begin(self, row_id: str, attempt_info: Mapping[str, Any]) -> int:
+        """Record that a try of the row begins and return its number, 1 for the first.
+
+        `attempt_info` is stored with it and must be JSON (node, process id, ...). One request for a first
+        try.
+
+        Raises StoreError from the storage, TypeError if the info is no JSON.
+        """
+        token = uuid.uuid4().hex
+        number = 1
+        while not self._claim(row_id, number, token, attempt_info):
+            number = max(number, self._last(row_id)) + 1
+        return number
+
+    def attempts(self, row_id: str) -> list[dict[str, Any]]:
+        """Return what `begin` stored for each try of the row, in order; empty once it is ended."""
+        return [json.loads(self.store.read(key)) for key in self._keys(row_id)]
+
+    def end(self, row_id: str) -> None:
+        """Remove the row's tries. Call it after the row's record is in the manifest, never before."""
+        # Last first: an interruption leaves 001, 002, ... without a gap, on which begin() relies.
+        for key in reversed(self._keys(row_id)):
+            self.store.delete(key)
+
+    def unfinished(self) -> dict[str, int]:
+        """Return the number of tries by row id of every row that was begun and not ended."""
+        return dict(Counter(key.split("/")[1] for key in self.store.list(FOLDER)))
+
+    def _claim(self, row_id: str, number: int, token: str, info: Mapping[str, Any]) -> bool:
+        started_at = datetime.now(timezone.utc).isoformat()
+        marker = {**info, "row_id": row_id, "attempt": number, "token": token, "started_at": started_at}
+        key = _key(row_id, number)
+        if self.store.create(key, json.dumps(marker).encode()):
+            return True
+        # A request that succeeded but whose answer was lost is repeated and then loses to itself.
+        return json.loads(self.store.read(key))["token"] == token
+
+    def _last(self, row_id: str) -> int:
+        keys = self._keys(row_id)
+        return int(keys[-1].rsplit("/", 1)[-1].removesuffix(".json")) if keys else 0
+
+    def _keys(self, row_id: str) -> list[str]:
+        return sorted(self.store.list(f"{FOLDER}/{check_row_id(row_id)}"), key=lambda key: (len(key), key))
+
+
+def _key(row_id: str, number: int) -> str:
+    return f"{FOLDER}/{check_row_id(row_id)}/{number:03d}.json"

@@ -1,0 +1,339 @@
+"""The manifest: one small Parquet file per finished row, `manifest/<row_id>.parquet`, created exactly once.
+
+The existence of that file is what makes a row finished. Any Parquet reader reads the folder as one table.
+
+Locations. Rows record absolute URIs, which stop being true when a job's folder is moved or copied. An
+output's key is therefore taken from its URI (the part from the last `/videos/`, `/amf/` or `/banks/` on) and
+looked up below the root that the manifest itself was read from. Only a file that never was below the recorded
+root, such as a bank of another job, is looked up at its absolute URI.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.record import (
+    COLUMN_NAMES,
+    SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    check_columns,
+    check_row_id,
+    make_row,
+    rows_to_table,
+)
+from pipeline.store import Store, StoreMissingError, list_uris, sha256_of
+
+FOLDER = "manifest"
+OUTPUT_FOLDERS = ("videos", "amf", "banks")
+READ_THREADS = 16  # waiting for storage, not computing
+HASH_THREADS = 4
+
+
+class ManifestError(RuntimeError):
+    """A manifest that cannot be read or must not be changed as asked."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding of `Manifest.verify`.
+
+    `kind` is one of manifest_unreadable, row_duplicate, output_missing, output_size, output_sha256,
+    amf_missing, bank_missing, orphan; `row_id` is None where no row is concerned; `key` names the file below
+    the root, if known.
+    """
+
+    row_id: str | None
+    kind: str
+    detail: str
+    key: str | None = None
+
+
+class Manifest:
+    """The records of one job's output folder. Cheap to pickle, like its store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def commit(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Record how a row ended and return the record that counts, as stored.
+
+        That is the given one, or, when another attempt was faster, the other one's. The row's output must
+        already be durable.
+
+        Raises RecordError for a row that `make_row` refuses, StoreError from the storage.
+        """
+        table = rows_to_table([make_row(**row)])
+        row_id = str(row["row_id"])
+        if self.store.create(_key(row_id), _encode(table)):
+            return table.to_pylist()[0]
+        return self._winner(row_id)
+
+    def read(self, columns: Iterable[str] | None = None) -> Any:
+        """Return all rows as a pyarrow Table of SCHEMA, or of the given columns in the given order.
+
+        A row that stands in two files (a single one and a merged one) appears once. Reads every file of the
+        folder.
+
+        Raises RecordError for unknown columns, ManifestError for an unreadable file, StoreError from the
+        storage.
+        """
+        wanted = list(COLUMN_NAMES if columns is None else columns)
+        check_columns(wanted)
+        needed = list(dict.fromkeys(["row_id", *wanted]))
+        tables = [table for _, table in self._tables(needed)]
+        return _once_each(pa.concat_tables([_schema(needed).empty_table(), *tables])).select(wanted)
+
+    def statuses(self) -> dict[str, str]:
+        """Return the status of every recorded row by its id."""
+        table = self.read(["row_id", "status"])
+        return dict(zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+
+    def get(self, row_id: str) -> dict[str, Any] | None:
+        """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
+        key = _key(row_id)
+        try:
+            table = _decode(key, self.store.read(key), COLUMN_NAMES)
+        except StoreMissingError:
+            table = self.read()
+        rows = table.filter(pc.field("row_id") == row_id).to_pylist()
+        return rows[0] if rows else None
+
+    def forget(self, row_ids: Iterable[str]) -> list[str]:
+        """Remove rows that failed, so that they are tried again, and return the ids removed, sorted.
+
+        Ids without a record are passed over. All or none are removed, unless the storage fails in between.
+
+        Raises ManifestError if one of the rows is ok: its output would be made twice.
+        """
+        asked = {check_row_id(row_id) for row_id in row_ids}
+        files = [(key, table) for key, table in self._tables() if asked & set(table["row_id"].to_pylist())]
+        hits = [row for _, table in files for row in table.to_pylist() if row["row_id"] in asked]
+        _refuse_ok(hits)
+        for key, table in files:
+            self._drop(key, table, asked)
+        return sorted({row["row_id"] for row in hits})
+
+    def verify(self, check_hashes: bool = True) -> list[Problem]:
+        """Compare the records with the files and return every problem found, none for a sound job.
+
+        Outputs whose record is not written yet count as orphans: verify a job that is at rest. Orphans are
+        not searched while a manifest file is unreadable, since it may name them.
+        """
+        unreadable: list[Problem] = []
+        tables = list(self._tables(on_error=lambda key, error: unreadable.append(_unreadable(key, error))))
+        rows = [row for _, table in tables for row in table.to_pylist()]
+        sizes = {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
+        finished = [row for row in _distinct(rows) if row["status"] == "ok"]
+        problems = [*unreadable, *_duplicates(rows)]
+        problems += [problem for row in finished for problem in self._check_files(row, sizes)]
+        if check_hashes:
+            problems += self._check_hashes(finished, sizes)
+        return problems if unreadable else [*problems, *_orphans(rows, sizes)]
+
+    # ------------------------------------------------------------------------------------------ files
+
+    def _keys(self) -> list[str]:
+        # Names with a leading dot or underscore are for tools, by the convention of Parquet readers.
+        return [
+            key
+            for key in self.store.list(FOLDER)
+            if key.endswith(".parquet") and not key.rsplit("/", 1)[-1].startswith((".", "_"))
+        ]
+
+    def _tables(
+        self,
+        columns: Iterable[str] = COLUMN_NAMES,
+        on_error: Callable[[str, ManifestError], None] | None = None,
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield every manifest file's key and table, in the order of the keys."""
+        wanted = list(columns)
+
+        def load(key: str) -> tuple[str, Any]:
+            try:
+                return key, _decode(key, self.store.read(key), wanted)
+            except StoreMissingError:  # forgotten between the listing and here: it is no row any more
+                return key, None
+            except ManifestError as error:
+                if on_error is None:
+                    raise
+                on_error(key, error)
+                return key, None
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            yield from ((key, table) for key, table in pool.map(load, self._keys()) if table is not None)
+
+    def _winner(self, row_id: str) -> dict[str, Any]:
+        winner = self.get(row_id)
+        if winner is None:
+            raise ManifestError(
+                f"row {row_id} was recorded by another attempt and forgotten before it could be read. Two "
+                f"runs work on {self.store.uri!r} at the same time: let one end first."
+            )
+        return winner
+
+    def _drop(self, key: str, table: Any, row_ids: set[str]) -> None:
+        kept = table.filter(pc.invert(pc.is_in(table["row_id"], pa.array(sorted(row_ids), pa.string()))))
+        if kept.num_rows:
+            self.store.put(key, _encode(kept))
+        else:
+            self.store.delete(key)
+
+    # ----------------------------------------------------------------------------------------- checks
+
+    def _check_files(self, row: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[Problem]:
+        row_id, key = row["row_id"], output_key(row["output_uri"])
+        if key is None or key not in sizes:
+            yield Problem(row_id, "output_missing", f"no file for output_uri {row['output_uri']!r}", key)
+        elif sizes[key] != row["output_bytes"]:
+            detail = f"{key} has {sizes[key]} bytes, recorded are {row['output_bytes']}"
+            yield Problem(row_id, "output_size", detail, key)
+        for column, kind in (("amf_uri", "amf_missing"), ("bank_uri", "bank_missing")):
+            if row[column] is not None and not self._present(row[column], row["output_uri"], sizes):
+                yield Problem(row_id, kind, f"no file for {column} {row[column]!r}", output_key(row[column]))
+
+    def _present(self, uri: str, output_uri: str, sizes: Mapping[str, int]) -> bool:
+        """Tell whether a row's AMF or bank exists: in this job's folder, or where another job left it."""
+        if output_key(uri) in sizes:
+            return True
+        output = output_key(output_uri)
+        recorded_root = output_uri.removesuffix(output) if output else None
+        if recorded_root is not None and uri.startswith(recorded_root):
+            return False
+        try:
+            return list_uris(uri, storage_options=self.store.storage_options) == [uri]
+        except StoreMissingError:
+            return False
+
+    def _check_hashes(self, rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[Problem]:
+        # A file of the wrong size is reported already; reading it would say nothing new.
+        whole = [row for row in rows if sizes.get(output_key(row["output_uri"]) or "") == row["output_bytes"]]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            return [problem for problem in pool.map(self._check_hash, whole) if problem is not None]
+
+    def _check_hash(self, row: Mapping[str, Any]) -> Problem | None:
+        key = output_key(row["output_uri"])
+        assert key is not None
+        found = sha256_of(self.store.uri_of(key), self.store.storage_options)
+        if found == row["output_sha256"]:
+            return None
+        detail = f"{key} has SHA-256 {found}, recorded is {row['output_sha256']}"
+        return Problem(row["row_id"], "output_sha256", detail, key)
+
+
+def output_key(uri: str | None) -> str | None:
+    """Return the key below a job's root that a recorded URI stands for, wherever that root was, or None."""
+    starts = [(uri or "").rfind(f"/{folder}/") for folder in OUTPUT_FOLDERS]
+    return uri[max(starts) + 1 :] if uri and max(starts) >= 0 else None
+
+
+def _key(row_id: str) -> str:
+    return f"{FOLDER}/{check_row_id(row_id)}.parquet"
+
+
+# ------------------------------------------------------------------------------------------------- Parquet
+
+
+def _encode(table: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    # Dictionaries and statistics would double the size of a file with one row.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+    return sink.getvalue().to_pybytes()
+
+
+def _decode(key: str, data: bytes, columns: Iterable[str]) -> Any:
+    """Return a manifest file's rows with the given columns. Raises ManifestError if it is none."""
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            _check_version(key, file.schema_arrow)
+            return _conform(file.read(columns=list(columns), use_threads=False), columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ManifestError(
+            f"{key} ({len(data)} bytes) is no readable manifest file: {error}. It was damaged or written by "
+            "another program. `ditflow manifest verify` lists all such files; a row whose file is removed "
+            "is made again."
+        ) from error
+
+
+def _check_version(key: str, schema: Any) -> None:
+    if "row_id" not in schema.names or "status" not in schema.names:
+        raise ValueError(f"it has no row_id and status, but {', '.join(schema.names[:5]) or 'no columns'}")
+    version = int((schema.metadata or {}).get(VERSION_KEY, SCHEMA_VERSION))  # DuckDB drops it when it rewrites
+    if version > SCHEMA_VERSION:
+        raise ManifestError(
+            f"{key} has manifest version {version}, this program knows {SCHEMA_VERSION}: it was written by "
+            "a newer release. Use that release, or a newer one."
+        )
+
+
+def _conform(table: Any, columns: Iterable[str]) -> Any:
+    """Return the table with exactly these columns; those that an older release did not write are null."""
+    schema = _schema(columns)
+    present = set(table.column_names)
+    arrays = [
+        table[field.name].cast(field.type) if field.name in present else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _schema(columns: Iterable[str]) -> Any:
+    return pa.schema([SCHEMA.field(name) for name in columns], metadata=SCHEMA.metadata)
+
+
+def _once_each(table: Any) -> Any:
+    """Return the table with the first of the rows of each id, in order."""
+    numbered = pa.table({"row_id": table["row_id"], "position": pa.array(range(table.num_rows), pa.int64())})
+    firsts = numbered.group_by("row_id").aggregate([("position", "min")])["position_min"]
+    return table if len(firsts) == table.num_rows else table.take(pa.array(sorted(firsts.to_pylist())))
+
+
+# ------------------------------------------------------------------------------------------------- findings
+
+
+def _refuse_ok(rows: Iterable[Mapping[str, Any]]) -> None:
+    finished = sorted({row["row_id"] for row in rows if row["status"] == "ok"})
+    if finished:
+        raise ManifestError(
+            f"{len(finished)} of the rows to forget are ok: {', '.join(finished[:5])}. Only failed and "
+            "quarantined rows can be retried; to make an output again, change the row or use another "
+            "output folder."
+        )
+
+
+def _unreadable(key: str, error: Exception) -> Problem:
+    row_id = key.rsplit("/", 1)[-1].removesuffix(".parquet")
+    return Problem(row_id, "manifest_unreadable", f"{error} Orphans were not searched for.", key)
+
+
+def _distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["row_id"], row)
+    return list(first.values())
+
+
+def _duplicates(rows: Iterable[Mapping[str, Any]]) -> list[Problem]:
+    counts = Counter(row["row_id"] for row in rows)
+    return [
+        Problem(row_id, "row_duplicate", f"{count} records of this row")
+        for row_id, count in sorted(counts.items())
+        if count > 1
+    ]
+
+
+def _orphans(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[Problem]:
+    named = {output_key(row[column]) for row in rows for column in ("output_uri", "amf_uri", "bank_uri")}
+    return [
+        Problem(None, "orphan", f"{key} ({size} bytes): no record names it", key)
+        for key, size in sizes.items()
+        if key not in named
+    ]

@@ -1,0 +1,684 @@
+"""Storage: one root folder for a job's outputs, absolute URIs for its inputs, on any fsspec file system.
+
+Outputs go through `Store`, whose writes are durable, atomic and checked, and which can create an object so
+that exactly one of several writers wins. Inputs go through the functions at the end (`read_uri`, `list_uris`,
+...).
+
+URIs are written as fsspec reads them: `file:///folder/a b.mp4`, `s3://bucket/a b.mp4`, without
+percent-encoding. Credentials come from the environment or a profile only, never from options.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.utils import glob_translate
+
+LOCAL_PROTOCOLS = frozenset({"file", "local"})
+S3_PROTOCOLS = frozenset({"s3", "s3a"})
+TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow, DuckDB) pass over it
+CHUNK_BYTES = 8 * 2**20  # of a streamed read
+PART_BYTES = 32 * 2**20  # of a multipart upload, which s3fs starts at two parts
+PARTS_AT_ONCE = 4
+
+# One layer retries requests: botocore, which knows S3's error codes. s3fs's own retries would multiply with
+# it (5 x 5 requests by default), so open_fs sets them to 1.
+S3_CONFIG: Mapping[str, Any] = {
+    "connect_timeout": 5,  # seconds
+    "read_timeout": 60,  # seconds without a byte
+    "max_pool_connections": 32,
+    "retries": {"mode": "standard", "total_max_attempts": 5},
+}
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+class StoreError(Exception):
+    """A storage operation failed; `__cause__` has the file system's own error.
+
+    `transient` tells whether the same operation may succeed later. It is a plain attribute because
+    `__cause__` is lost when an exception travels between processes.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class StoreMissingError(StoreError):
+    """The object, folder or bucket does not exist."""
+
+
+class StoreForbiddenError(StoreError):
+    """The storage refused access, or no credentials were found."""
+
+
+_SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|SECRET_KEY)$")
+_SECRET_QUERY = (
+    r"X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)|"
+    r"AWSAccessKeyId|Signature|sig"
+)
+_SECRET_NAME = (
+    r"(?:aws[_-])?secret(?:[_-]?access)?(?:[_-]?key)?|(?:aws[_-])?access[_-]?key(?:[_-]?id)?|"
+    r"(?:session|security|access|refresh)?[_-]?token|api[_-]?key|client[_-]?secret|password|passwd"
+)
+_REDACTIONS = (
+    (re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"), "***"),
+    (re.compile(rf"(?i)([?&;](?:{_SECRET_QUERY})=)[^&\s'\"]+"), r"\1***"),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+"), r"\1***"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=%-]{6,}"), r"\1***"),
+    (re.compile(rf"(?i)((?:{_SECRET_NAME})['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"), r"\1***"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"), "***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"), "***"),
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` with credentials replaced by `***`.
+
+    Covered: `user:password@` in URLs, signatures and credentials in signed URLs, `secret=...`-like pairs,
+    authorization headers, access key ids, and the values of this process's secret environment variables
+    (a secret key alone looks like any other word, so only its value can give it away).
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()):
+            text = text.replace(value, "***")
+    for pattern, replacement in _REDACTIONS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_ERRNO = frozenset(
+    {
+        errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET,
+        errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE,
+        errno.ESTALE, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+# By name, because the libraries that define them are slow to import and may not be installed.
+_TRANSIENT_NAMES = frozenset(
+    {
+        "TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteRead", "IncompleteReadError",
+        "ResponseParserError", "ClientPayloadError", "ClientConnectionError", "ProtocolError", "ReadError",
+        "ConnectError", "TimeoutException", "Timeout",
+    }
+)  # fmt: skip
+_CERTIFICATE_NAMES = frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError", "SSLError"})
+_CREDENTIAL_NAMES = frozenset(
+    {
+        "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
+        "TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError",
+    }
+)  # fmt: skip
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether this one error (not its causes) is of the kind that goes away by itself.
+
+    Timeouts, lost or refused connections, throttling (429, 503) and a server's own trouble (500, 502, 504).
+    """
+    if isinstance(error, StoreError):
+        return error.transient
+    status = http_status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    names = _class_names(error)
+    if names & _CERTIFICATE_NAMES:
+        return False
+    return bool(names & _TRANSIENT_NAMES) or getattr(error, "errno", None) in _TRANSIENT_ERRNO
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of botocore, aiohttp, requests or s3fs carries, if any."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    status = getattr(response, "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int):
+        return status
+    # s3fs turns botocore's ClientError into an OSError and keeps it as the cause.
+    cause = error.__cause__
+    return http_status(cause) if isinstance(error, OSError) and cause is not None else None
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {base.__name__ for base in type(error).__mro__}
+
+
+@contextmanager
+def _translating(action: str, uri: str) -> Iterator[None]:
+    """Turn whatever a file system raises inside the block into a StoreError that names action and URI."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        raise _store_error(action, uri, error) from error
+
+
+def _store_error(action: str, uri: str, error: Exception) -> StoreError:
+    what = f"cannot {action} {_shown(uri)}"
+    reason = redact(f"{type(error).__name__}: {error}")
+    status = http_status(error)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return StoreMissingError(
+            f"{what}: it does not exist ({reason}). Check its spelling and, on S3, that the bucket exists "
+            "(buckets are never created here) and that AWS_ENDPOINT_URL names the intended server."
+        )
+    if _class_names(error) & _CREDENTIAL_NAMES:
+        return StoreForbiddenError(
+            f"{what}: no usable credentials ({reason}). Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, in the environment of every machine of the cluster."
+        )
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return StoreForbiddenError(
+            f"{what}: access was refused ({reason}). Check the folder's permissions; on S3, the credentials "
+            "of AWS_PROFILE or the environment and their right to get, put, list and delete there."
+        )
+    return StoreError(f"{what}: {reason}{_advice(error)}", transient=is_transient(error))
+
+
+def _advice(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return ". The disk or quota is full: free space, or choose another output."
+    if number == errno.EROFS:
+        return ". The file system is read-only: choose another output."
+    if is_transient(error):
+        return ". This is usually passing: retry, or check the network and the endpoint (AWS_ENDPOINT_URL)."
+    return ""
+
+
+def _shown(uri: str) -> str:
+    return repr(redact(uri))
+
+
+# --------------------------------------------------------------------------------------------- file systems
+
+_REFUSED_OPTIONS = frozenset(
+    {
+        "key", "secret", "token", "password", "username",
+        "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
+    }
+)  # fmt: skip
+
+
+def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
+    """Return the fsspec file system that serves `uri`, and the path of `uri` in it.
+
+    On S3: one layer of retries, timeouts, a bounded connection pool, no cached listings; `storage_options`
+    may override each (for example `endpoint_url`, `requester_pays`, `config_kwargs: {read_timeout: 120}`).
+
+    Raises StoreError for credentials in the options or the URI, and for an unknown protocol.
+    """
+    options = dict(storage_options or {})
+    _refuse_credentials(uri, options)
+    protocol = _protocol(uri)
+    with _translating("open", uri):
+        if protocol in LOCAL_PROTOCOLS:
+            return _direct("file", uri, options)
+        if protocol in S3_PROTOCOLS:
+            return _open_s3(uri, options)
+        fs, path = url_to_fs(uri, **{"use_listings_cache": False, **options})
+        return fs, path
+
+
+def _open_s3(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
+    # max_concurrency 1: with more, s3fs asks for the size before each read, two requests in place of one.
+    defaults = {"use_listings_cache": False, "max_concurrency": 1}
+    config = {**S3_CONFIG, **options.get("config_kwargs", {})}
+    fs, path = _direct("s3", uri, {**defaults, **options, "config_kwargs": config})
+    fs.retries = 1
+    return fs, path
+
+
+def _direct(protocol: str, uri: str, options: dict[str, Any]) -> tuple[Any, str]:
+    # Not url_to_fs: it takes "::" in a file's name for a chain of file systems.
+    fs = fsspec.filesystem(protocol, **options)
+    return fs, fs._strip_protocol(uri)
+
+
+def _protocol(uri: str) -> str:
+    return split_protocol(uri)[0] or "file"
+
+
+def _refuse_credentials(uri: str, options: Mapping[str, Any]) -> None:
+    found = sorted(_credential_keys(options))
+    if found:
+        raise StoreError(
+            f"storage options hold the credentials {', '.join(found)} for {_shown(uri)}. They would end up "
+            "in job files and logs: remove them and set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, in the environment."
+        )
+    if _protocol(uri) in S3_PROTOCOLS and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
+        raise StoreError(
+            f"{_shown(uri)} holds credentials before an '@'. Write s3://bucket/folder and set AWS_PROFILE, "
+            "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment."
+        )
+
+
+def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if str(name).lower() in _REFUSED_OPTIONS:
+            yield str(name)
+        elif isinstance(value, Mapping):
+            yield from _credential_keys(value)
+
+
+# ---------------------------------------------------------------------------------------------------- Store
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `Store.put` wrote: the absolute URI, the SHA-256 in hex, and the size in bytes."""
+
+    uri: str
+    sha256: str
+    bytes: int
+
+
+class Store:
+    """A root folder, local (`file://` or a plain path) or on S3 (`s3://bucket/folder`), addressed by keys.
+
+    A key is a relative path with `/`, such as `videos/0a1b.mp4`. Objects are written whole or not at all.
+    Holds the URI and the options only, so it is cheap to pickle; each process opens its own file system.
+    Safe to use from several threads.
+
+    Raises StoreError for credentials among the options; nothing is opened or created here.
+    """
+
+    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.storage_options: dict[str, Any] = dict(storage_options or {})
+        _refuse_credentials(uri, self.storage_options)
+        self._local = _protocol(uri) in LOCAL_PROTOCOLS
+        self.uri = _local_uri(uri) if self._local else uri.rstrip("/")
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Store, (self.uri, self.storage_options))
+
+    def __repr__(self) -> str:
+        return f"Store({_shown(self.uri)})"
+
+    def uri_of(self, key: str) -> str:
+        """Return the absolute URI of `key`. Raises StoreError for a key that leaves the root."""
+        return f"{self.uri.rstrip('/')}/{_checked(key)}"
+
+    def read(self, key: str) -> bytes:
+        """Return the object's bytes. Raises StoreMissingError, StoreForbiddenError or StoreError."""
+        return read_uri(self.uri_of(key), self.storage_options)
+
+    def exists(self, key: str) -> bool:
+        """Return whether `key` is an object (a folder is none)."""
+        uri = self.uri_of(key)
+        with _translating("look up", uri):
+            fs, path = self._at(key)
+            return _kind(fs, path) == "file"
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return the size in bytes of every object below the folder `prefix`, at any depth, sorted by key.
+
+        A folder that does not exist has no objects. Unfinished temporary files are not listed.
+        """
+        folder = prefix.rstrip("/")
+        uri = self.uri_of(folder) if folder else self.uri
+        with _translating("list", uri):
+            fs, path = self._at(folder)
+            found = _files_below(fs, path)
+        lead = f"{folder}/" if folder else ""
+        return {lead + name: found[name] for name in sorted(found)}
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys of every object below the folder `prefix`, at any depth, sorted."""
+        return [*self.sizes(prefix)]
+
+    def put(self, key: str, data: bytes) -> Stored:
+        """Write `data` at `key`, replacing what was there, and return where it is with its hash and size.
+
+        Durable and atomic: a reader sees the old object or the new one. Afterwards the stored size is
+        checked.
+
+        Raises StoreMissingError (no such bucket), StoreForbiddenError or StoreError.
+        """
+        uri = self.uri_of(key)
+        with _translating("write", uri):
+            fs, path = self._at(key)
+            if self._local:
+                _write_local(path, data, os.replace)
+            else:
+                self._require_s3()
+                fs.pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            _check_size(uri, fs.info(path)["size"], len(data))
+        return Stored(uri, hashlib.sha256(data).hexdigest(), len(data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write `data` at `key` if nothing is there; return False when an object already existed.
+
+        Of several writers exactly one gets True. A writer whose answer got lost on the way may get False for
+        an object of its own: compare what is stored where that matters.
+
+        Raises StoreMissingError (no such bucket), StoreForbiddenError or StoreError.
+        """
+        uri = self.uri_of(key)
+        with _translating("create", uri):
+            fs, path = self._at(key)
+            try:
+                self._create(fs, path, data)
+            except Exception as error:
+                if not _says_exists(error):
+                    raise
+                if _kind(fs, path) == "file":
+                    return False
+                raise StoreError(
+                    f"cannot create {uri!r}: the storage said that it exists, but no object is there. It was "
+                    "deleted at the same moment, or a folder has this name: try again.",
+                    transient=True,
+                ) from error
+        return True
+
+    def delete(self, key: str) -> None:
+        """Remove the object; one that does not exist is no error. Local folders left empty go as well."""
+        uri = self.uri_of(key)
+        with _translating("delete", uri):
+            fs, path = self._at(key)
+            with suppress(FileNotFoundError):
+                fs.rm_file(path)
+        if self._local:
+            self._prune(Path(path).parent)
+
+    def check_writable(self) -> None:
+        """Write, re-create and delete a small probe object, so that a job fails before its work, not after.
+
+        Raises StoreError that says what to do, also when the storage ignores conditional writes, on which the
+        promise of one result per row rests.
+        """
+        key = f"probe-{uuid.uuid4().hex}"
+        try:
+            first, second = self.create(key, b"probe"), self.create(key, b"probe")
+        except StoreError as error:
+            raise type(error)(
+                f"the output folder {_shown(self.uri)} cannot be written to: {error}",
+                transient=error.transient,
+            ) from error
+        self.delete(key)
+        if not first or second:
+            raise StoreError(
+                f"the storage of {_shown(self.uri)} ignores conditional writes (If-None-Match: *), so two "
+                "workers could both commit one row. Use AWS S3, or a server that supports them (MinIO, "
+                "Ceph, Swift)."
+            )
+
+    def _create(self, fs: Any, path: str, data: bytes) -> None:
+        if self._local:
+            _write_local(path, data, _link)
+        else:
+            self._require_s3()
+            fs.pipe_file(path, data, mode="create", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+    def _require_s3(self) -> None:
+        if _protocol(self.uri) not in S3_PROTOCOLS:
+            raise StoreError(
+                f"outputs cannot be written to {_shown(self.uri)}: only a local folder and s3:// offer "
+                "atomic and conditional writes here. Other protocols can be read from."
+            )
+
+    def _at(self, key: str) -> tuple[Any, str]:
+        if self._opened is None or self._opened[0] != os.getpid():  # a forked process needs its own connections
+            self._opened = (os.getpid(), *open_fs(self.uri, self.storage_options))
+        _, fs, root = self._opened
+        return fs, f"{root.rstrip('/')}/{key}" if key else root
+
+    def _prune(self, folder: Path) -> None:
+        """Remove empty folders upwards to the root: object storage has no empty folders either."""
+        root = Path(self._at("")[1])
+        with suppress(OSError):  # not empty, or another process was faster: both are fine
+            while root in folder.parents:
+                folder.rmdir()
+                folder = folder.parent
+
+
+def _local_uri(uri: str) -> str:
+    path = os.path.abspath(os.path.expanduser(split_protocol(uri)[1]))
+    return f"file://{path}"
+
+
+def _checked(key: str) -> str:
+    segments = key.split("/")
+    if "\0" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in segments):
+        raise StoreError(
+            f"the key {key!r} is not a plain relative path: it must not be empty, start or end with '/', "
+            f"hold '..', or use names that start with '{TEMPORARY_PREFIX}'."
+        )
+    return key
+
+
+def _check_size(uri: str, stored: int, expected: int) -> None:
+    if stored != expected:
+        raise StoreError(
+            f"{_shown(uri)} has {stored} bytes after {expected} were written. The upload was cut short, or "
+            "another program writes to the same place: try again.",
+            transient=True,
+        )
+
+
+def _says_exists(error: BaseException) -> bool:
+    # moto and AWS through s3fs: FileExistsError. Swift: a plain OSError over a 412. AWS says 409 to writers
+    # that meet at the same moment.
+    return isinstance(error, FileExistsError) or http_status(error) in (409, 412)
+
+
+# ---------------------------------------------------------------------------------------------- local files
+
+
+def _write_local(path: str, data: bytes, publish: Any) -> None:
+    """Write a durable temporary file beside `path` and `publish` it there (os.replace, or _link)."""
+    folder = os.path.dirname(path)
+    temporary = _write_temporary(folder, data)
+    try:
+        publish(temporary, path)
+        _sync_folder(folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _write_temporary(folder: str, data: bytes) -> str:
+    """Return the path of a new durable file in `folder` with `data`; it is gone again if this raises."""
+    path = os.path.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex)
+    descriptor = _open_new(folder, path)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        os.unlink(path)
+        raise
+    return path
+
+
+def _open_new(folder: str, path: str) -> int:
+    # 0o666 under the umask, unlike tempfile's 0o600: other users of a shared folder read the results.
+    for _ in range(10):
+        _make_folder(Path(folder))
+        with suppress(FileNotFoundError):  # a delete() elsewhere removed the folder while it was empty
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    raise StoreError(f"the folder {folder!r} vanishes each time it is made: another program removes it.")
+
+
+def _make_folder(folder: Path) -> None:
+    """Create `folder` and its parents so that they survive a power cut."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        with suppress(FileExistsError, FileNotFoundError):  # raced by another process; _open_new tells
+            new.mkdir()
+            _sync_folder(str(new.parent))
+
+
+def _sync_folder(folder: str) -> None:
+    with suppress(FileNotFoundError):  # emptied and removed by a delete() elsewhere
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(source: str, target: str) -> None:
+    """Give the file a second name; unlike a rename, this fails when the name is taken."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        raise StoreError(
+            f"cannot create {target!r} exclusively: its file system has no hard links ({error.strerror}). Choose "
+            "an output on an ordinary local disk, NFS, or S3."
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------- listing
+
+
+def _kind(fs: Any, path: str) -> str | None:
+    """Return 'file', 'directory' or None. Unlike with fsspec's isfile(), a refused access is an error."""
+    try:
+        info = fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    followed = os.path.isdir(path) if info.get("islink") else info["type"] == "directory"
+    return "directory" if followed else "file"
+
+
+def _files_below(fs: Any, folder: str) -> dict[str, int]:
+    """Return the size in bytes of every file below `folder` by its path relative to it; unsorted."""
+    if fs.protocol == ("file", "local"):
+        return dict(_walk_local(folder))
+    lead = folder.rstrip("/") + "/"
+    found = fs.find(folder, detail=True)
+    return {
+        name[len(lead) :]: info["size"]
+        for name, info in found.items()
+        if name.startswith(lead) and not name.endswith("/") and info["type"] == "file"
+    }
+
+
+def _walk_local(folder: str) -> Iterator[tuple[str, int]]:
+    # Not fsspec's find(): when a file vanishes between listing and stat (a writer's temporary file), it drops
+    # the whole folder from the answer without a word.
+    for parent, folders, names in os.walk(folder, onerror=_raise_unless_missing, followlinks=True):
+        folders.sort()
+        for name in names:
+            path = os.path.join(parent, name)
+            if not name.startswith(TEMPORARY_PREFIX):
+                with suppress(FileNotFoundError):
+                    yield os.path.relpath(path, folder), os.stat(path).st_size
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
+# --------------------------------------------------------------------------------------------------- inputs
+
+
+def absolute_uri(uri: str) -> str:
+    """Return `uri` with its protocol, a local path made absolute; where there is something is not looked up."""
+    return _local_uri(uri) if _protocol(uri) in LOCAL_PROTOCOLS else uri
+
+
+def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
+    """Return the bytes at an absolute URI. Raises StoreMissingError, StoreForbiddenError or StoreError."""
+    fs, path = open_fs(uri, storage_options)
+    with _translating("read", uri):
+        return fs.cat_file(path)
+
+
+def list_uris(uri: str, glob: str = "*", storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the absolute URIs of the files that `uri` names, sorted.
+
+    `uri` is a file (then `glob` plays no part, and its name may hold `*` or `[`), a folder whose files match
+    `glob` relative to it (`*.mp4`, `*/left.mp4`, `**/*.mp4`), or itself a pattern such as
+    `s3://b/refs/*.mp4`. Hidden files (names with a leading dot) are passed over, as a shell would.
+
+    Raises StoreMissingError when nothing matches, StoreForbiddenError or StoreError.
+    """
+    fs, path = open_fs(uri, storage_options)
+    with _translating("list", uri):
+        kind = _kind(fs, path)
+        if kind == "file":
+            return [fs.unstrip_protocol(path)]
+        folder, pattern = (path, glob) if kind == "directory" else _split_pattern(path, glob)
+        matches = re.compile(glob_translate(pattern)).match
+        names = sorted(name for name in _candidates(fs, folder, pattern) if matches(name))
+    if not names:
+        raise StoreMissingError(
+            f"no file matches {pattern!r} in {_shown(fs.unstrip_protocol(folder))}. Check the folder's "
+            "spelling and the pattern: upper and lower case differ, and '**/' reaches into subfolders."
+        )
+    return [fs.unstrip_protocol(f"{folder.rstrip('/')}/{name}") for name in names]
+
+
+def _split_pattern(path: str, glob: str) -> tuple[str, str]:
+    """Split `a/b/*.mp4` into `a/b` and `*.mp4`; a path without wildcards is a folder that holds `glob`."""
+    segments = path.split("/")
+    first = next((n for n, part in enumerate(segments) if re.search(r"[*?\[]", part)), None)
+    if first is None:
+        return path, glob
+    return "/".join(segments[:first]) or "/", "/".join(segments[first:])
+
+
+def _candidates(fs: Any, folder: str, pattern: str) -> Iterator[str]:
+    if "/" in pattern or fs.protocol == ("file", "local"):
+        names: Any = _files_below(fs, folder)
+    else:  # one level only: a bucket's root may hold far more below
+        entries = fs.ls(folder, detail=True) if _kind(fs, folder) == "directory" else []
+        lead = len(folder.rstrip("/")) + 1
+        names = (entry["name"][lead:] for entry in entries if entry["type"] == "file")
+    return (name for name in names if name and not name.rsplit("/", 1)[-1].startswith("."))
+
+
+def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Return a short text that changes when the file's content changes: its size with its ETag or mtime.
+
+    Costs one look-up. Where the storage reports neither (some HTTP servers), the content is read and hashed.
+
+    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    """
+    fs, path = open_fs(uri, storage_options)
+    with _translating("look up", uri):
+        info = fs.info(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(f"{path} is a folder, not a file")
+    marks = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated"))
+    mark = next((str(mark).strip('"') for mark in marks if mark), None)
+    return f"{info.get('size')}-{mark}" if mark else f"sha256-{sha256_of(uri, storage_options)}"
+
+
+def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 in hex of the file at `uri`, reading it in pieces of 8 MiB.
+
+    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    """
+    fs, path = open_fs(uri, storage_options)
+    digest = hashlib.sha256()
+    with _translating("read", uri), fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,506 @@
+"""Facts about the storage: what a reader can see, who wins, what an error says, and what it never says."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+import pipeline.store as store_module
+from pipeline.store import (
+    Store,
+    StoreError,
+    StoreForbiddenError,
+    StoreMissingError,
+    fingerprint,
+    list_uris,
+    read_uri,
+    redact,
+    sha256_of,
+)
+
+ODD_NAMES = ["a b.mp4", "größe 日本.mp4", "a+b%20c.mp4", "q?x=1&y#z.mp4", "brackets[1]*.mp4", 'it\'s "q"::x.mp4']
+
+
+def one_try(s3_store: Store) -> Store:
+    """The same store without botocore's waiting between retries."""
+    return Store(s3_store.uri, {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}})
+
+
+# ------------------------------------------------------------------------------------------------- objects
+
+
+def test_what_was_put_is_read_back_with_its_hash_and_size(store):
+    stored = store.put("videos/a.mp4", b"frames")
+    assert store.read("videos/a.mp4") == b"frames"
+    assert stored.sha256 == hashlib.sha256(b"frames").hexdigest()
+    assert stored.bytes == 6
+    assert stored.uri == store.uri_of("videos/a.mp4") == f"{store.uri}/videos/a.mp4"
+    assert read_uri(stored.uri) == b"frames"
+
+
+def test_put_replaces_and_an_empty_object_is_an_object(store):
+    store.put("a", b"long content")
+    store.put("a", b"")
+    assert store.read("a") == b""
+    assert store.exists("a")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_survive(store, name):
+    store.put(f"in/{name}", name.encode())
+    assert store.list("in") == [f"in/{name}"]
+    assert store.read(f"in/{name}") == name.encode()
+    assert list_uris(f"{store.uri}/in", "*.mp4") == [store.uri_of(f"in/{name}")]
+    assert read_uri(store.uri_of(f"in/{name}")) == name.encode()
+    assert list_uris(store.uri_of(f"in/{name}")) == [store.uri_of(f"in/{name}")]
+
+
+def test_a_newline_in_a_name_survives(local_store):  # moto's router has no route for one
+    local_store.put("in/a\nb.mp4", b"x")
+    assert local_store.list("in") == ["in/a\nb.mp4"]
+    assert list_uris(f"{local_store.uri}/in", "*.mp4") == [local_store.uri_of("in/a\nb.mp4")]
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../../b", "./a", "a\0b", ".tmp-a", "v/.tmp-a"])
+def test_a_key_that_is_no_plain_relative_path_is_refused(tmp_path, key):
+    with pytest.raises(StoreError, match="not a plain relative path"):
+        Store(str(tmp_path)).put(key, b"")
+
+
+def test_only_objects_exist(store):
+    store.put("videos/a.mp4", b"x")
+    assert store.exists("videos/a.mp4")
+    assert not store.exists("videos")
+    assert not store.exists("videos/b.mp4")
+    assert not store.exists("videos/a.mp4/below")
+
+
+def test_a_deleted_object_is_gone_and_deleting_twice_is_fine(store):
+    store.put("attempts/r/001.json", b"x")
+    store.delete("attempts/r/001.json")
+    store.delete("attempts/r/001.json")
+    assert not store.exists("attempts/r/001.json")
+    assert store.list() == []
+
+
+def test_deleting_the_last_file_of_a_local_folder_removes_the_folder_but_not_the_root(local_store):
+    local_store.put("attempts/r/001.json", b"x")
+    local_store.delete("attempts/r/001.json")
+    root = Path(local_store.uri.removeprefix("file://"))
+    assert list(root.iterdir()) == []
+
+
+def test_list_has_every_depth_sorted_and_sizes(store):
+    for key in ("b/2", "b/1", "b/c/3", "a", "bb/4"):
+        store.put(key, key.encode())
+    assert store.list("b") == store.list("b/") == ["b/1", "b/2", "b/c/3"]
+    assert store.sizes() == {"a": 1, "b/1": 3, "b/2": 3, "b/c/3": 5, "bb/4": 4}
+
+
+def test_a_missing_folder_has_no_objects(store):
+    assert store.list("videos") == []
+
+
+def test_list_sees_what_another_writer_wrote_a_moment_ago(store):
+    other = pickle.loads(pickle.dumps(store))
+    assert store.list("m") == []
+    other.put("m/1", b"x")
+    assert store.list("m") == ["m/1"]
+    assert store.exists("m/1")
+    other.delete("m/1")
+    assert store.list("m") == []
+
+
+def test_an_input_folder_shows_what_came_from_elsewhere_since_the_last_look(s3, s3_store):
+    s3.fill(s3_store.uri, ["refs/a.mp4"])
+    assert len(list_uris(f"{s3_store.uri}/refs")) == len(s3_store.list("refs")) == 1
+    s3.fill(s3_store.uri, ["refs/b.mp4"])
+    assert len(list_uris(f"{s3_store.uri}/refs")) == len(s3_store.list("refs")) == 2
+
+
+def test_more_than_a_thousand_objects_are_listed(s3, s3_store):
+    keys = [f"many/{n:04d}" for n in range(1005)]
+    s3.fill(s3_store.uri, keys)
+    assert s3_store.list("many") == keys
+    assert sum("continuation-token" in request for request in s3.requests) == 1
+    assert len(list_uris(f"{s3_store.uri}/many")) == 1005
+
+
+def test_a_large_upload_goes_in_parts(s3, s3_store, monkeypatch):
+    monkeypatch.setattr(store_module, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(2**20) * 11
+    assert s3_store.put("big", data).bytes == len(data)
+    assert s3_store.read("big") == data
+    assert sum("partNumber" in request for request in s3.requests) == 3
+
+
+def test_a_store_travels_by_pickle_without_its_connections(store):
+    store.put("a", b"x")
+    copy = pickle.loads(pickle.dumps(store))
+    assert (copy.uri, copy.storage_options) == (store.uri, store.storage_options)
+    assert copy.read("a") == b"x"
+    assert len(pickle.dumps(store)) < 1000
+
+
+# ------------------------------------------------------------------------------------- atomicity and races
+
+
+def test_one_of_sixteen_creators_wins_and_its_content_stays(store):
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda n: store.create("manifest/row", b"%02d" % n), range(16)))
+    assert sum(won) == 1
+    assert store.read("manifest/row") == b"%02d" % won.index(True)
+    assert store.list() == ["manifest/row"]
+
+
+def test_create_says_no_to_a_second_writer(store):
+    assert store.create("a", b"first")
+    assert not store.create("a", b"second")
+    assert store.read("a") == b"first"
+
+
+class CrashError(BaseException):
+    """Like KeyboardInterrupt: no ordinary handler stops it."""
+
+
+def crash(*_):
+    raise CrashError
+
+
+@pytest.mark.parametrize(("write", "step"), [("put", "replace"), ("create", "link")])
+def test_an_interruption_before_publishing_leaves_the_old_state_and_no_rubbish(local_store, monkeypatch, write, step):
+    local_store.put("other", b"x")
+    monkeypatch.setattr(os, step, crash)
+    with pytest.raises(CrashError):
+        getattr(local_store, write)("a", b"new")
+    root = Path(local_store.uri.removeprefix("file://"))
+    assert [path.name for path in root.iterdir()] == ["other"]
+
+
+def test_a_process_killed_while_it_writes_leaves_no_object(local_store):
+    program = (
+        "import os, sys; from pipeline.store import Store; os.fsync = lambda _: os._exit(9); "
+        "Store(sys.argv[1]).put('videos/a.mp4', b'x' * 100_000)"
+    )
+    root = Path(local_store.uri.removeprefix("file://"))
+    (root / "videos").mkdir(parents=True)
+    assert subprocess.run([sys.executable, "-c", program, local_store.uri], check=False).returncode == 9
+    assert len(list((root / "videos").iterdir())) == 1  # the temporary file
+    assert local_store.list() == []
+    assert not local_store.exists("videos/a.mp4")
+
+
+def test_a_reader_sees_the_old_or_the_new_content_never_a_mixture(store):
+    contents = [bytes([n]) * 200_000 for n in range(2)]
+    store.put("a", contents[0])
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(store.put, "a", contents[n % 2]) for n in range(20)]
+        reads = [pool.submit(store.read, "a") for _ in range(20)]
+        assert all(read.result() in contents for read in reads)
+        assert all(write.result().bytes == 200_000 for write in writes)
+
+
+def test_listing_a_local_folder_is_complete_while_others_write_into_it(local_store):
+    for n in range(20):
+        local_store.put(f"m/{n:03d}", b"x")
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(lambda: [local_store.put("m/000", b"x") for _ in range(100)])
+        while not writing.done():
+            assert len(local_store.list("m")) == 20
+            assert len(list_uris(f"{local_store.uri}/m")) == 20
+
+
+def test_a_conflict_without_a_winner_is_worth_another_try(s3, s3_store):
+    s3.fail(409, "ConditionalRequestConflict", lambda request: request.startswith("PUT"))
+    with pytest.raises(StoreError, match="try again") as caught:
+        s3_store.create("a", b"x")
+    assert caught.value.transient
+
+
+def test_an_upload_that_arrives_shorter_than_sent_is_an_error(store, monkeypatch):
+    fs, path = store._at("a")
+    monkeypatch.setattr(fs, "info", lambda *_: {"size": 3, "type": "file", "name": path})
+    with pytest.raises(StoreError, match="3 bytes after 6 were written") as caught:
+        store.put("a", b"frames")
+    assert caught.value.transient
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def new_clients():
+    """S3 clients keep the credentials and the endpoint that they began with: none that outlives the test."""
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+def test_a_missing_object_is_named_with_its_cause(store):
+    with pytest.raises(StoreMissingError, match=r"cannot read '.*videos/a\.mp4': .* not exist") as caught:
+        store.read("videos/a.mp4")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert not caught.value.transient
+
+
+def test_a_missing_bucket_is_no_empty_folder(s3):
+    nowhere = Store("s3://no-such-bucket-anywhere/run")
+    for act in (nowhere.list, nowhere.check_writable, lambda: nowhere.put("a", b"")):
+        with pytest.raises(StoreMissingError, match="bucket"):
+            act()
+
+
+@pytest.mark.parametrize("act", ["read", "list", "exists", "put", "create", "delete"])
+def test_a_refused_access_is_an_error_at_once_and_never_an_absence(s3, s3_store, act):
+    s3_store.put("a/b", b"x")
+    s3.fail(403, "AccessDenied")
+    s3.requests.clear()
+    with pytest.raises(StoreForbiddenError, match="access was refused") as caught:
+        getattr(s3_store, act)("a/b", *([b"y"] if act in ("put", "create") else []))
+    assert isinstance(caught.value.__cause__, PermissionError)
+    assert not caught.value.transient
+    # A DELETE comes as two requests: s3fs looks for a bucket's name first.
+    assert len(s3.requests) <= 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(local_store, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreForbiddenError, match="access was refused"):
+        local_store.put("a", b"")
+
+
+def test_a_local_permission_error_is_a_refusal(local_store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StoreForbiddenError, match="permissions"):
+        local_store.put("a", b"")
+
+
+def test_missing_credentials_are_a_refusal_that_says_what_to_set(s3_store, monkeypatch, new_clients):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreForbiddenError, match="AWS_PROFILE"):
+        s3_store.read("a")
+
+
+def test_a_failing_server_is_asked_as_often_as_configured_and_no_more(s3, s3_store):
+    twice = {"retries": {"mode": "standard", "total_max_attempts": 2}}
+    s3.fail(503, "SlowDown")
+    s3.requests.clear()
+    with pytest.raises(StoreError, match="SlowDown") as caught:
+        Store(s3_store.uri, {"config_kwargs": twice}).read("a")
+    assert caught.value.transient
+    assert len(s3.requests) == 2
+
+
+def test_a_short_storm_is_ridden_out(s3, s3_store):
+    s3_store.put("a", b"x")
+    storm = iter([True, True])
+    s3.fail(503, "SlowDown", lambda request: next(storm, False))
+    assert s3_store.read("a") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "transient"),
+    [(500, "InternalError", True), (503, "ServiceUnavailable", True), (429, "TooManyRequests", True),
+     (400, "InvalidArgument", False), (405, "MethodNotAllowed", False), (418, "Teapot", False)],
+)  # fmt: skip
+def test_a_servers_status_tells_whether_to_try_again(s3, s3_store, status, code, transient):
+    s3.fail(status, code)
+    with pytest.raises(StoreError) as caught:
+        one_try(s3_store).read("a")
+    assert caught.value.transient is transient
+
+
+def test_an_unreachable_endpoint_is_transient(monkeypatch, s3, new_clients):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="endpoint") as caught:
+        one_try(Store("s3://bucket/run")).read("a")
+    assert caught.value.transient
+
+
+def test_an_error_keeps_its_judgement_across_processes():
+    error = pickle.loads(pickle.dumps(StoreMissingError("gone", transient=True)))
+    assert (type(error), str(error), error.transient) == (StoreMissingError, "gone", True)
+
+
+def test_check_writable_leaves_nothing_behind(store):
+    store.check_writable()
+    assert store.list() == []
+
+
+def test_check_writable_tells_about_a_file_in_the_way(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(StoreError, match="cannot be written to"):
+        Store(f"{tmp_path}/runs/one").check_writable()
+
+
+def test_check_writable_finds_storage_that_ignores_conditions(s3_store, monkeypatch):
+    monkeypatch.setattr(Store, "_create", lambda self, fs, path, data: fs.pipe_file(path, data))
+    with pytest.raises(StoreError, match="ignores conditional writes"):
+        s3_store.check_writable()
+    assert s3_store.list() == []
+
+
+def test_a_file_system_without_hard_links_is_named(local_store, monkeypatch):
+    def unsupported(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    with pytest.raises(StoreError, match="no hard links"):
+        local_store.check_writable()
+
+
+def test_outputs_are_written_to_local_folders_and_s3_only():
+    with pytest.raises(StoreError, match="only a local folder and s3://"):
+        Store("memory://run").put("a", b"")
+
+
+def test_an_unknown_protocol_is_an_error_that_names_the_uri():
+    with pytest.raises(StoreError, match=r"cannot open 'nonsense://a/b'"):
+        read_uri("nonsense://a/b")
+
+
+# ------------------------------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize("name", ["key", "secret", "token", "password", "Secret", "aws_secret_access_key"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_credentials_among_the_options_are_refused_by_name_without_their_value(name, nested):
+    options = {name: "s3cr3t-value"}
+    with pytest.raises(StoreError, match=f"hold the credentials {name}") as caught:
+        Store("s3://bucket/run", {"client_kwargs": options} if nested else options)
+    assert "s3cr3t-value" not in str(caught.value)
+
+
+def test_credentials_in_an_s3_uri_are_refused_without_showing_them():
+    with pytest.raises(StoreError, match="AWS_PROFILE") as caught:
+        Store("s3://AKIAABCDEFGHIJKLMNOP:s3cr3t@bucket/run")
+    assert "s3cr3t" not in str(caught.value)
+
+
+SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYzEXAMPLEKEY"
+LEAKS = [
+    "aws_secret_access_key={}", "aws_secret_access_key = {}", "AWS_SECRET_ACCESS_KEY: {}", "secret='{}'",
+    '{{"secretAccessKey": "{}"}}', "password={} user=me", "token: {}", "x-amz-security-token: {}",
+    "session_token={}", "api_key={}", "client_secret={}", "Authorization: Bearer {}",
+    "'Authorization': 'AWS4-HMAC-SHA256 Credential=AKIA/x, Signature={}'", "Bearer {}",
+    "https://user:{}@host/a.mp4", "s3://AKIAIOSFODNN7EXAMPLE:{}@bucket/a", "postgresql://{}@host/db",
+    "https://host/a.mp4?X-Amz-Credential={}&x=1", "https://host/a.mp4?x=1&X-Amz-Signature={}",
+    "https://host/a?X-Amz-Security-Token={}", "https://host/a?AWSAccessKeyId=A&Signature={}",
+    "https://host/a?sv=1&sig={}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("secret", [SECRET.replace("/", "%2F"), "abc123", "p.a-s_s~w=rd"])
+def test_secrets_are_redacted(leak, secret):
+    assert secret not in redact(leak.format(secret))
+    assert "***" in redact(leak.format(secret))
+
+
+def test_access_key_ids_and_the_environments_secrets_are_redacted_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "tok-1234567")
+    text = redact(f"signing with AKIAIOSFODNN7EXAMPLE over {SECRET} gave tok-1234567 and hf_abcdefghijklmnopqrst")
+    assert text == "signing with *** over *** gave *** and ***"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/refs/a b@2x.mp4", "file:///data/0123456789abcdef0123456789abcdef01234567.mp4",
+     "https://host:8080/a.mp4?size=3&page=2", "the tokenizer failed", "a secretary types at http://host/a@b"],
+)  # fmt: skip
+def test_harmless_text_stays_as_it_is(text):
+    assert redact(text) == text
+
+
+def test_an_error_never_shows_the_credentials_of_its_uri():
+    with pytest.raises(StoreError) as caught:
+        read_uri("nonsense://user:s3cr3t@host/a.mp4?X-Amz-Signature=abcdef")
+    assert "s3cr3t" not in str(caught.value)
+    assert "abcdef" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.fixture
+def references(store):
+    for key in ("refs/b.mp4", "refs/a.mp4", "refs/notes.txt", "refs/day/c.mp4", "refs/.hidden.mp4"):
+        store.put(key, key.encode())
+    return store
+
+
+@pytest.mark.parametrize(
+    ("uri", "glob", "found"),
+    [
+        ("refs", "*.mp4", ["refs/a.mp4", "refs/b.mp4"]),
+        ("refs/", "*.mp4", ["refs/a.mp4", "refs/b.mp4"]),
+        ("refs", "*", ["refs/a.mp4", "refs/b.mp4", "refs/notes.txt"]),
+        ("refs", "**/*.mp4", ["refs/a.mp4", "refs/b.mp4", "refs/day/c.mp4"]),
+        ("refs", "*/c.mp4", ["refs/day/c.mp4"]),
+        ("refs", "[ab].mp4", ["refs/a.mp4", "refs/b.mp4"]),
+        ("refs/b.mp4", "*.avi", ["refs/b.mp4"]),
+        ("refs/?.mp4", "*", ["refs/a.mp4", "refs/b.mp4"]),
+        ("re*/day/*.mp4", "*", ["refs/day/c.mp4"]),
+    ],
+)
+def test_a_file_a_folder_and_a_pattern_name_files(references, uri, glob, found):
+    assert list_uris(f"{references.uri}/{uri}", glob) == [references.uri_of(key) for key in found]
+
+
+@pytest.mark.parametrize(("uri", "glob"), [("refs", "*.avi"), ("nothing", "*.mp4"), ("nothing/*.mp4", "*")])
+def test_a_pattern_without_matches_is_an_error(references, uri, glob):
+    with pytest.raises(StoreMissingError, match="no file matches"):
+        list_uris(f"{references.uri}/{uri}", glob)
+
+
+@pytest.mark.parametrize("glob", ["*.mp4", "**/*.mp4"])
+def test_a_refused_listing_is_not_an_empty_one(s3, s3_store, glob):
+    s3_store.put("refs/a.mp4", b"x")
+    s3.fail(403, "AccessDenied", lambda request: "list-type" in request and "max-keys" not in request)
+    with pytest.raises(StoreForbiddenError):
+        list_uris(f"{s3_store.uri}/refs", glob)
+
+
+def test_a_plain_path_is_an_input_too(tmp_path):
+    (tmp_path / "a b.mp4").write_bytes(b"x")
+    assert list_uris(str(tmp_path), "*.mp4") == [f"file://{tmp_path}/a b.mp4"]
+    assert read_uri(f"{tmp_path}/a b.mp4") == b"x"
+
+
+def test_the_fingerprint_changes_with_the_content_and_only_then(store):
+    store.put("a", b"one")
+    before = fingerprint(store.uri_of("a"))
+    assert fingerprint(store.uri_of("a")) == before
+    store.put("a", b"two")
+    if store._local:  # file systems may round times to more than this test takes
+        os.utime(store.uri_of("a").removeprefix("file://"), (0, 0))
+    assert fingerprint(store.uri_of("a")) != before
+
+
+def test_the_fingerprint_of_a_missing_file_and_of_a_folder_are_errors(store):
+    store.put("folder/a", b"x")
+    with pytest.raises(StoreMissingError):
+        fingerprint(store.uri_of("nothing"))
+    with pytest.raises(StoreError, match="folder, not a file"):
+        fingerprint(store.uri_of("folder"))
+
+
+def test_the_hash_is_of_every_piece_of_a_streamed_file(store, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
+    data = os.urandom(2500)
+    store.put("a", data)
+    assert sha256_of(store.uri_of("a")) == hashlib.sha256(data).hexdigest()
+    with pytest.raises(StoreMissingError):
+        sha256_of(store.uri_of("nothing"))
