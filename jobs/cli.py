@@ -61,6 +61,7 @@ def expected_errors() -> Iterator[None]:
     from ditflow.artifact import ArtifactError
     from ditflow.backbones import ModelNotFoundError
     from jobs.spec import SpecError
+    from pipeline.faults import TooManyFailuresError
     from pipeline.manifest import ManifestError
     from pipeline.plan import PlanError
     from pipeline.store import StoreError, redact
@@ -70,7 +71,7 @@ def expected_errors() -> Iterator[None]:
         yield
     except wrong as error:
         _fail(redact(str(error)), WRONG_REQUEST)
-    except (StoreError, ManifestError) as error:
+    except (StoreError, ManifestError, TooManyFailuresError) as error:
         _fail(redact(str(error)), OTHER_ERROR)
 
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -62,7 +62,7 @@ def job_status(store: Store) -> dict[str, Any]:
         run = json.loads(store.read(RUN_KEY))
     except StoreMissingError:
         run = {"planned": len(rows), "started_at": 0.0}
-    started = datetime.fromtimestamp(run["started_at"], timezone.utc)
+    started = datetime.fromtimestamp(run["started_at"], UTC)
     recent = sorted(row["finished_at"] for row in rows if row["finished_at"] and row["finished_at"] >= started)
     elapsed = (recent[-1] - started).total_seconds() if recent else 0.0
     per_hour = len(recent) / elapsed * 3600 if elapsed > 0 else None

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ditflow.plot import plot_flow, plot_losses
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditflow import backbones
 from ditflow.backbones.base import Backbone
 from ditflow.bank import MotionBank
+from ditflow.plot import plot_flow, plot_losses
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion

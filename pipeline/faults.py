@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import tenacity
@@ -28,12 +28,18 @@ FOLDER = "attempts"
 _Result = TypeVar("_Result")
 
 
+class TooManyFailuresError(RuntimeError):
+    """More rows failed than the job allows: the run was stopped; finished rows keep their records."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """How often and how patiently a row is tried; every default of the retrying stands here.
 
     `attempts` counts tries of a row in all; `worker_died_attempts` those that ended with their process, of
-    which more are allowed because preempted machines are no fault of the row. Backoff in seconds.
+    which more are allowed because preempted machines are no fault of the row. Backoff in seconds. An attempt that
+    takes longer than `row_deadline_s` is ended with its process. A run stops when more than `max_failed_fraction`
+    of the job's rows have failed.
 
     Raises ValueError for counts below 1 and for negative or contradicting times.
     """
@@ -42,11 +48,17 @@ class Policy:
     worker_died_attempts: int = 5
     base_seconds: float = 0.5
     max_seconds: float = 20.0
+    row_deadline_s: float = 3600.0
+    max_failed_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("attempts", "worker_died_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 try is needed.")
+        if not self.row_deadline_s > 0:
+            raise ValueError(f"row_deadline_s is {self.row_deadline_s}; expected seconds above 0.")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}; expected 0 to 1.")
         if not 0 <= self.base_seconds <= self.max_seconds:
             raise ValueError(
                 f"base_seconds is {self.base_seconds} and max_seconds {self.max_seconds}; expected "
@@ -187,15 +199,24 @@ class Ledger:
     def end(self, row_id: str) -> None:
         """Remove the row's tries. Call it after the row's record is in the manifest, never before."""
         # Last first: an interruption leaves 001, 002, ... without a gap, on which begin() relies.
-        for key in reversed(self._keys(row_id)):
+        # "deadline" sorts behind every number.
+        for key in sorted(self.store.list(f"{FOLDER}/{check_row_id(row_id)}"), key=_by_number, reverse=True):
             self.store.delete(key)
+
+    def expire(self, row_id: str) -> None:
+        """Record that a try of the row is ended by its deadline, with its process."""
+        self.store.put(_deadline_key(row_id), b"")
+
+    def expired(self, row_id: str) -> bool:
+        """Return whether a try of the row was ended by its deadline."""
+        return self.store.exists(_deadline_key(row_id))
 
     def unfinished(self) -> dict[str, int]:
         """Return the number of tries by row id of every row that was begun and not ended."""
-        return dict(Counter(key.split("/")[1] for key in self.store.list(FOLDER)))
+        return dict(Counter(key.split("/")[1] for key in self.store.list(FOLDER) if key.endswith(".json")))
 
     def _claim(self, row_id: str, number: int, token: str, info: Mapping[str, Any]) -> bool:
-        started_at = datetime.now(timezone.utc).isoformat()
+        started_at = datetime.now(UTC).isoformat()
         marker = {**info, "row_id": row_id, "attempt": number, "token": token, "started_at": started_at}
         key = _key(row_id, number)
         if self.store.create(key, json.dumps(marker).encode()):
@@ -208,8 +229,17 @@ class Ledger:
         return int(keys[-1].rsplit("/", 1)[-1].removesuffix(".json")) if keys else 0
 
     def _keys(self, row_id: str) -> list[str]:
-        return sorted(self.store.list(f"{FOLDER}/{check_row_id(row_id)}"), key=lambda key: (len(key), key))
+        keys = (key for key in self.store.list(f"{FOLDER}/{check_row_id(row_id)}") if key.endswith(".json"))
+        return sorted(keys, key=_by_number)
 
 
 def _key(row_id: str, number: int) -> str:
     return f"{FOLDER}/{check_row_id(row_id)}/{number:03d}.json"
+
+
+def _by_number(key: str) -> tuple[int, str]:
+    return (len(key), key)
+
+
+def _deadline_key(row_id: str) -> str:
+    return f"{FOLDER}/{check_row_id(row_id)}/deadline"

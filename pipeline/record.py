@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -178,7 +178,7 @@ def _utc(name: str, value: Any) -> datetime | None:
         return None
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise RecordError(f"{name} is {value!r}; expected a datetime with a time zone: datetime.now(timezone.utc).")
-    return value.astimezone(timezone.utc)
+    return value.astimezone(UTC)
 
 
 def _array(column: Column, values: list[Any]) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
+from pipeline.faults import TooManyFailuresError
 from pipeline.graph import finished_rows
 from pipeline.job import Job
 from pipeline.manifest import Manifest
@@ -69,6 +70,11 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
     for row in finished_rows(_with_threads(job), plan.todo, model_revision):
         tally.count(row["status"])
         on_row(row)
+        if tally.failed + tally.quarantined > job.faults.max_failed_fraction * plan.total:
+            raise TooManyFailuresError(
+                f"{tally.failed + tally.quarantined} of {plan.total} rows failed, more than faults.max_failed_fraction "
+                f"({job.faults.max_failed_fraction:g}) allows. The last one: {row['error_message']}"
+            )
     return tally
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -77,6 +80,8 @@ class Desk:
         """
         policy = self.job.faults
         number = self._begin(work_id)
+        if number > 1 and self.ledger.expired(work_id):
+            return Outcome(None, _too_slow(policy.row_deadline_s), number - 1)
         if number > policy.worker_died_attempts:
             return Outcome(None, _killer(number - 1), number - 1)
         begun = iter([number])
@@ -84,7 +89,8 @@ class Desk:
         def once_more() -> _Result:
             nonlocal number
             number = next(begun, 0) or self._begin(work_id)
-            return work()
+            with self._deadline(work_id):
+                return work()
 
         try:
             result = retry_faults(
@@ -94,8 +100,36 @@ class Desk:
             return Outcome(None, classify(error), number)
         return Outcome(result, None, number)
 
+    @contextmanager
+    def _deadline(self, work_id: str) -> Iterator[None]:
+        """End this process if the block takes too long; also let go of a failed block's tensors."""
+
+        def expire() -> None:
+            self.ledger.expire(work_id)
+            os._exit(1)
+
+        watchdog = threading.Timer(self.job.faults.row_deadline_s, expire)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            watchdog.cancel()
+
     def _begin(self, work_id: str) -> int:
         return self.ledger.begin(work_id, {"node": socket.gethostname(), "pid": os.getpid()})
+
+
+def _too_slow(seconds: float) -> Fault:
+    return Fault(
+        "deadline",
+        "DeadlineExceeded",
+        f"an attempt took longer than faults.row_deadline_s ({seconds:g} seconds) and was ended. Raise the deadline, "
+        "or look for what makes this row slow.",
+    )
 
 
 def _killer(attempts: int) -> Fault:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -47,7 +47,7 @@ class FinishRow:
     def __call__(self, row: Row) -> Row:
         """Make one row's output and commit it; return what the driver shows."""
         work = WorkRow.from_json(row["work"])
-        started_at, started = datetime.now(timezone.utc), time.perf_counter()
+        started_at, started = datetime.now(UTC), time.perf_counter()
         outcome: Outcome[Columns] = earlier_fault(row) or self._desk.attempt(work.row_id, lambda: self._make(work, row))
         committed = self._desk.manifest.commit(
             {
@@ -55,7 +55,7 @@ class FinishRow:
                 **(outcome.result or {}),
                 **_ending(outcome),
                 "started_at": started_at,
-                "finished_at": datetime.now(timezone.utc),
+                "finished_at": datetime.now(UTC),
                 "seconds_total": time.perf_counter() - started,
             }
         )

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -147,7 +149,6 @@ class PoisonRow(FinishRow):
 
 
 def test_a_row_that_kills_its_process_is_quarantined_and_harms_no_other(job_folder, monkeypatch):
-    import sys
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(pipeline.graph, "FinishRow", PoisonRow)
@@ -187,3 +188,24 @@ def test_the_manifest_is_one_table_for_any_parquet_reader(job_folder):
     settings = json.loads(table["spec_json"][0].as_py())
     assert settings["method"]["guided_steps"] == 2
     assert json.loads(table["execution_json"][0].as_py())["cfg"] == "batched"
+
+
+class SlowRow(FinishRow):
+    """Never ends for one seed."""
+
+    def _make(self, work, row):
+        if work.seed == 13:
+            time.sleep(600)
+        return super()._make(work, row)
+
+
+def test_a_row_beyond_its_deadline_fails_and_harms_no_other(job_folder, monkeypatch):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(pipeline.graph, "FinishRow", SlowRow)
+    (job_folder / "references/clip-0001.mp4").unlink()
+    faults = {"row_deadline_s": 15, "base_seconds": 0, "max_seconds": 0}
+    _, tally, _ = run(write_spec(job_folder, seeds=[1, 13, 2], faults=faults))
+    assert (tally.ok, tally.failed) == (2, 1)
+    row = next(row for row in rows_of(job_folder / "out") if row["seed"] == 13)
+    assert (row["error_kind"], row["error_class"]) == ("deadline", "DeadlineExceeded")
+    assert not list((job_folder / "out/attempts").rglob("*.*"))

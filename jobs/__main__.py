@@ -1,0 +1,5 @@
+"""`python -m jobs` is `ditflow`."""
+
+from jobs.cli import main
+
+main()
