@@ -386,7 +386,7 @@ def _encode_into(container: Any, frames: np.ndarray, rate: Fraction) -> None:
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.color_range = _LIMITED_RANGE
     for index, picture in enumerate(frames):
-        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = rgb.reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=int(_SCALER)
         )

@@ -66,7 +66,7 @@ def expected_errors() -> Iterator[None]:
     from pipeline.plan import PlanError
     from pipeline.store import StoreError, redact
 
-    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, ValueError)
+    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, FileNotFoundError, ValueError)
     try:
         yield
     except wrong as error:
@@ -116,29 +116,36 @@ def transfer(
     ditflow transfer bmx.mp4 "a leopard ..." --optimize position --save-bank bmx.safetensors
     ditflow transfer --bank bmx.safetensors "a tractor on a field" -o tractor.mp4
     """
+    from ditflow.bank import MotionBank
+    from ditflow.settings import MethodSettings, SamplingSettings
     from jobs import single
 
     if prompt is None:
         if bank is None:
             _fail("PROMPT is missing: give REFERENCE and PROMPT; only with --bank is PROMPT enough", WRONG_REQUEST)
-        reference, prompt = "", reference
+        prompt = reference
     with expected_errors():
-        single.transfer(
-            reference=reference or None,
-            prompt=prompt,
-            output=output,
-            method={"name": method, "optimize": optimize, "guided_steps": guided_steps, "injection": injection},
-            bank_path=bank,
+        summary = single.transfer(
+            single.ReferenceClip(reference, frames, height, width, start, stride)
+            if bank is None
+            else MotionBank.from_bytes(bank.read_bytes(), str(bank)),
+            prompt,
+            output,
+            model=model,
+            method=MethodSettings(
+                name=method,
+                optimize="position" if bank is not None else optimize,  # type: ignore[arg-type]  # checked there
+                guided_steps=guided_steps,
+                injection=injection,
+            ),
+            sampling=SamplingSettings(steps=steps),
+            seed=seed,
+            screen=screen,
             save_bank=save_bank,
             plot=plot,
-            model=model,
-            size=(frames, height, width),
-            frame_range=(start, stride),
-            steps=steps,
-            seed=seed,
-            as_json=as_json,
-            screen=screen,
         )
+    if as_json:
+        _emit(**summary)
 
 
 @app.command()
@@ -159,20 +166,20 @@ def extract(
 
     ditflow extract bmx.mp4 -o bmx.safetensors --plot bmx.png
     """
+    from ditflow.settings import MethodSettings
     from jobs import single
 
     with expected_errors():
-        single.extract(
-            reference=reference,
-            output=output,
-            plot=plot,
-            block=block,
+        summary = single.extract(
+            single.ReferenceClip(reference, frames, height, width, start, stride),
+            output,
             model=model,
-            size=(frames, height, width),
-            frame_range=(start, stride),
-            as_json=as_json,
+            method=MethodSettings(blocks=None if block is None else (block,)),
             screen=screen,
+            plot=plot,
         )
+    if as_json:
+        _emit(**summary)
 
 
 # ---------------------------------------------------------------------------------------------------------- jobs

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditflow import backbones
 from ditflow.backbones.base import Backbone
 from ditflow.bank import MotionBank
+from ditflow.denoise import OnStep
 from ditflow.plot import plot_flow, plot_losses
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
@@ -20,92 +24,94 @@ from ditflow.types import StepRecord
 from ditflow.video import Clip, read_video, write_video
 from pipeline.job import DEFAULT_FPS
 
-Asked = tuple[int | None, int | None, int | None]
-"""Frames, height and width as far as the user gave them."""
+
+@dataclass(frozen=True)
+class ReferenceClip:
+    """A reference video and the part of it that is used; sizes left out are the model's own."""
+
+    path: str
+    frames: int | None
+    height: int | None
+    width: int | None
+    start: int
+    stride: int
+
+    def read(self, backbone: Backbone) -> Clip:
+        """Decode it at a size that the model can do; SettingsError and VideoError say why not."""
+        frames, height, width = self.size(backbone)
+        backbone.latent_shape(frames, height, width)
+        return read_video(self.path, frames=frames, height=height, width=width, start=self.start, stride=self.stride)
+
+    def size(self, backbone: Backbone) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        frames, height, width = backbone.geometry.sample_size
+        return self.frames or frames, self.height or height, self.width or width
 
 
 def transfer(
-    *,
-    reference: str | None,
+    reference: ReferenceClip | MotionBank,
     prompt: str,
     output: Path,
-    method: dict[str, Any],
-    bank_path: Path | None,
-    save_bank: Path | None,
-    plot: Path | None,
+    *,
     model: str,
-    size: Asked,
-    frame_range: tuple[int, int],
-    steps: int | None,
+    method: MethodSettings,
+    sampling: SamplingSettings,
     seed: int,
-    as_json: bool,
     screen: Console,
-) -> None:
-    """Transfer motion from a video, or from a bank, to one new video."""
-    bank = MotionBank.from_bytes(bank_path.read_bytes(), str(bank_path)) if bank_path is not None else None
-    settings = MethodSettings(**({**method, "optimize": "position"} if bank is not None else method))
-    if save_bank is not None and (settings.optimize != "position" or bank is not None):
+    save_bank: Path | None = None,
+    plot: Path | None = None,
+) -> dict[str, Any]:
+    """Transfer motion from a video, or from a bank, to one new video; return a summary."""
+    if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
         raise ValueError("--save-bank needs --optimize position, and no --bank: nothing else learns positions")
     backbone = backbones.load(model)
-    wanted = _bank_size(bank) if bank is not None else _size(backbone, size)
-    clip = _read(reference, wanted, frame_range) if reference is not None and bank is None else None
-    sampling = SamplingSettings(steps=steps)
-    with _step_progress(screen, settings.name) as progress:
-        total = sampling.resolve(backbone.defaults).steps
-        task = progress.add_task("", total=total, loss="")
-
-        def on_step(record: StepRecord) -> None:
-            loss = f"loss {record.losses[-1]:.4f}" if record.losses else ""
-            progress.update(task, advance=1, loss=loss)
-
+    source, size, fps = _source(reference, backbone, method)
+    steps = sampling.resolve(backbone.defaults).steps
+    with _showing_steps(screen, method.name, steps) as on_step:
         result = transfer_motion(
             backbone,
             prompt,
-            reference=bank if bank is not None else clip.frames if clip is not None else None,
-            size=wanted,
-            method=settings,
+            reference=source,
+            size=size,
+            method=method,
             sampling=sampling,
             seed=seed,
             on_step=on_step,
         )
     assert result.video is not None
-    write_video(output, result.video, clip.fps if clip is not None else DEFAULT_FPS)
+    write_video(output, result.video, fps)
     if save_bank is not None and result.bank is not None:
         save_bank.write_bytes(result.bank.to_bytes())
     if plot is not None:
-        plot_losses(result.losses, plot, title=f"{settings.name}, {settings.optimize}: {prompt}")
-    summary = {"output": str(output), "losses": result.losses, "seconds": dict(result.seconds)}
-    _report(summary, [output, save_bank, plot], as_json, screen)
+        plot_losses(result.losses, plot, title=f"{method.name}, {method.optimize}: {prompt}")
+    _say_written(screen, [output, save_bank, plot])
+    return {"output": str(output), "losses": result.losses, "seconds": dict(result.seconds)}
 
 
 def extract(
-    *,
-    reference: str,
+    reference: ReferenceClip,
     output: Path,
-    plot: Path | None,
-    block: int | None,
+    *,
     model: str,
-    size: Asked,
-    frame_range: tuple[int, int],
-    as_json: bool,
+    method: MethodSettings,
     screen: Console,
-) -> None:
-    """Extract a video's attention motion flow."""
+    plot: Path | None = None,
+) -> dict[str, Any]:
+    """Extract a video's attention motion flow; return a summary."""
     backbone = backbones.load(model)
-    clip = _read(reference, _size(backbone, size), frame_range)
-    method = MethodSettings(blocks=None if block is None else (block,))
+    clip = reference.read(backbone)
     motion = extract_motion(backbone, clip.frames, method)
     output.write_bytes(motion.to_bytes())
-    displacement = motion.displacement
+    displacement = motion.displacement.float()
     if plot is not None:
         grid = (motion.grid.frames, motion.grid.height, motion.grid.width)
-        title = f"{Path(reference).name}: {backbone.name}, block {next(iter(motion.payloads))}"
-        plot_flow(clip.frames, displacement.numpy(), grid, plot, title=title)
+        title = f"{Path(reference.path).name}: {backbone.name}, block {next(iter(motion.payloads))}"
+        plot_flow(clip.frames, motion.displacement.numpy(), grid, plot, title=title)
     moving = float((displacement != 0).any(dim=-1).float().mean())
-    length = float(displacement.float().norm(dim=-1).mean())
-    summary = {"output": str(output), "grid": str(motion.grid), "moving": moving, "mean_displacement": length}
+    length = float(displacement.norm(dim=-1).mean())
     screen.print(f"{moving:.0%} of the patches of a {motion.grid} grid move, by {length:.2f} patches on average")
-    _report(summary, [output, plot], as_json, screen)
+    _say_written(screen, [output, plot])
+    return {"output": str(output), "grid": str(motion.grid), "moving": moving, "mean_displacement": length}
 
 
 def render_clips(folder: Path, count: int, seed: int) -> None:
@@ -122,38 +128,31 @@ def render_clips(folder: Path, count: int, seed: int) -> None:
             write_video(file, clip.frames, DEFAULT_FPS)
 
 
-def _size(backbone: Backbone, asked: Asked) -> tuple[int, int, int]:
-    """What the user asked for, and the model's own size for the rest; SettingsError if the model cannot do it."""
-    frames, height, width = (
-        value if value is not None else own for value, own in zip(asked, backbone.geometry.sample_size, strict=True)
-    )
-    backbone.latent_shape(frames, height, width)
-    return frames, height, width
+def _source(
+    reference: ReferenceClip | MotionBank, backbone: Backbone, method: MethodSettings
+) -> tuple[np.ndarray | MotionBank | None, tuple[int, int, int], float]:
+    """What moves the new video, its size, and its frames per second."""
+    if isinstance(reference, MotionBank):
+        frames, height, width = reference.header.provenance["size"]
+        return reference, (frames, height, width), reference.header.provenance.get("fps") or DEFAULT_FPS
+    if not method.needs_reference:
+        return None, reference.size(backbone), DEFAULT_FPS
+    clip = reference.read(backbone)
+    return clip.frames, reference.size(backbone), clip.fps
 
 
-def _bank_size(bank: MotionBank) -> tuple[int, int, int]:
-    frames, height, width = bank.header.provenance["size"]
-    return frames, height, width
+@contextmanager
+def _showing_steps(screen: Console, method: str, steps: int | None) -> Iterator[OnStep]:
+    """Show a progress bar over denoising steps, with the loss of the newest guided one."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.fields[loss]}"), TimeRemainingColumn())
+    with Progress(TextColumn(method), *columns, console=screen) as progress:
+        task = progress.add_task("", total=steps, loss="")
+
+        def on_step(record: StepRecord) -> None:
+            progress.update(task, advance=1, loss=f"loss {record.losses[-1]:.4f}" if record.losses else "")
+
+        yield on_step
 
 
-def _read(reference: str, size: tuple[int, int, int], frame_range: tuple[int, int]) -> Clip:
-    frames, height, width = size
-    start, stride = frame_range
-    return read_video(reference, frames=frames, height=height, width=width, start=start, stride=stride)
-
-
-def _step_progress(screen: Console, method: str) -> Progress:
-    return Progress(
-        TextColumn(f"{method} {{task.description}}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps {task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=screen,
-    )
-
-
-def _report(summary: dict[str, Any], files: list[Path | None], as_json: bool, screen: Console) -> None:
-    if as_json:
-        print(json.dumps(summary))
+def _say_written(screen: Console, files: Sequence[Path | None]) -> None:
     screen.print("written: " + ", ".join(str(file) for file in files if file is not None))

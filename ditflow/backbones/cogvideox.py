@@ -20,9 +20,10 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging as transformers_logging
 
 from ditflow.backbones.base import Geometry
 from ditflow.settings import ExecutionSettings, ModelDefaults
@@ -53,7 +54,9 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
     """Load a diffusers folder; `identity` goes to `CogVideoX`."""
-    disable_progress_bar()
+    # One bar for each of five parts, gone before it can be read.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     pipeline = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return CogVideoX(pipeline.to(device), **identity)
 

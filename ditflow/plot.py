@@ -1,0 +1,381 @@
+"""Pictures for people: an AMF drawn over its reference, loss curves, contact sheets. PNG files, no global state.
+
+Axis letters: T frames, H rows, W columns of pixels; F latent frames of h x w patches, P = h*w.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+ARROWS_PER_SIDE = 24
+"""More arrows than this along one side of a panel hide the picture and each other."""
+
+_DPI = 100
+_PANEL = 2.9  # inches of a panel's longer side
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.45, 2.0, 0.85, 0.15, 0.32  # inches around and between panels
+_THUMBNAIL = 200  # pixels of a contact sheet's cell, longer side
+_LABEL, _MARGIN = 26, 6  # pixels of a contact sheet's label line, and between cells
+_BACKGROUND, _INK, _FAINT = "#101014", "#f2f2f2", "#9a9aa2"
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+
+
+class PlotError(ValueError):
+    """What should be drawn does not fit together."""
+
+
+def plot_flow(
+    frames: np.ndarray,
+    displacement: np.ndarray,
+    grid: tuple[int, int, int],
+    path: str | Path,
+    title: str = "",
+) -> None:
+    """Draw an attention motion flow over the reference that it was taken from, as a PNG at `path`.
+
+    frames: the reference, uint8 [T, H, W, 3] RGB. displacement: integers [F, F, P, 2]; entry [i, j, p] is where
+    patch p of latent frame i is seen in latent frame j, as (dx, dy) in patches. grid: (F, h, w).
+
+    Upper row: every latent frame to the next one. Lower row: the first to every other. Arrows begin at the patch's
+    centre, have their true length in pixels, and leave the panel where the match does; dots did not move. Hue is
+    the direction, saturation the length, as in the wheel. Larger grids, and wild flows, are thinned; the heading
+    says so. Raises PlotError if shapes, types and grid do not fit together, OSError if `path` cannot be written.
+    """
+    displacement = _checked_displacement(displacement, grid)
+    _check_frames("frames", frames)
+    pairs = [[(i, i + 1) for i in range(grid[0] - 1)], [(0, j) for j in range(1, grid[0])]]
+    drawn = np.stack([displacement[i, j] for row in pairs for i, j in row])
+    largest, step = max(1.0, float(_length(drawn).max())), _thinning(drawn, grid)
+    figure, panels = _panels(len(pairs[0]), frames.shape[1:3])
+    for row, row_pairs in zip(panels, pairs, strict=True):
+        for axes, (i, j) in zip(row, row_pairs, strict=True):
+            axes.set_title(f"frame {i} → {j}", color=_INK, fontsize=9, pad=4)
+            axes.imshow(_dimmed(frames[shown_frame(i, len(frames), grid[0])]), interpolation="bilinear")
+            _draw_arrows(axes, displacement[i, j], grid, frames.shape[1:3], largest, step)
+    _write_headings(figure, panels, title, grid, step)
+    _draw_wheel(figure, largest)
+    _save(figure, path)
+
+
+def plot_losses(losses: Sequence[Sequence[float]], path: str | Path, title: str = "") -> None:
+    """Draw the guidance loss over all optimiser iterations as a PNG: `losses` has one inner list per guided step.
+
+    Steps are shaded in turns and numbered from 1; each step's first loss is ringed. The scale is logarithmic if the
+    losses span more than a factor of 10. Raises PlotError for no losses, an empty step, or losses that are not
+    finite.
+    """
+    _check_losses(losses)
+    figure = Figure(figsize=(9, 4.2), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    starts = np.cumsum([0, *map(len, losses)])
+    for number, (step, start) in enumerate(zip(losses, starts[:-1], strict=True), start=1):
+        _draw_step(axes, np.asarray(step, float), int(start), number)
+    axes.set_xlim(-0.5, starts[-1] - 0.5)
+    axes.set_xlabel("optimiser iteration, over all guided steps (shaded in turns, numbered on top)")
+    axes.set_ylabel("guidance loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _number_steps(axes, starts)
+    _scale_losses(axes, np.concatenate([np.asarray(step, float) for step in losses]))
+    axes.legend(loc="upper right", fontsize=8)
+    figure.suptitle(_cut(title or "Guidance loss", 8.6, fontsize=11), fontsize=11, parse_math=False)
+    _save(figure, path)
+
+
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, columns: int = 6) -> None:
+    """Write a PNG with one strip of evenly spaced frames per clip, its label and frame numbers above it.
+
+    rows: (label, frames uint8 [T, H, W, 3] RGB); clips may differ in length and size. First and last frames are
+    always shown if `columns` > 1. Small frames are enlarged pixel by pixel, large ones shrunk by area. Raises
+    PlotError if there is nothing to draw or frames have another type or shape.
+    """
+    if not rows or columns < 1:
+        raise PlotError(f"{len(rows)} rows of {columns} columns came, expected at least one of each.")
+    for label, frames in rows:
+        _check_frames(f"frames of {label!r}", frames)
+    chosen = [_evenly_spaced(len(frames), columns) for _, frames in rows]
+    strips = [_strip(frames, numbers) for (_, frames), numbers in zip(rows, chosen, strict=True)]
+    width = max(max(strip.shape[1] for strip in strips), 3 * _THUMBNAIL) + 2 * _MARGIN
+    height = sum(strip.shape[0] + _LABEL + _MARGIN for strip in strips) + _MARGIN
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
+    top = height - _MARGIN
+    for (label, _), numbers, strip in zip(rows, chosen, strips, strict=True):
+        _write_label(figure, label, numbers, top - _LABEL / 2, (width, height))
+        top -= _LABEL + strip.shape[0]
+        figure.figimage(strip, xo=_MARGIN, yo=top, origin="upper")
+        top -= _MARGIN
+    _save(figure, path)
+
+
+def shown_frame(latent_frame: int, frames: int, latent_frames: int) -> int:
+    """Which pixel frame stands for a latent frame: the first for the first, the last for the last, evenly between."""
+    return round(latent_frame * (frames - 1) / (latent_frames - 1)) if latent_frame else 0
+
+
+def flow_colours(displacement: np.ndarray, largest: float | int) -> Float[np.ndarray, "*points 3"]:
+    """RGB in 0..1 of displacements [..., 2]: hue tells the direction, saturation the length (full at `largest`).
+
+    Right is red, down yellow-green, left cyan, up violet; no motion is white.
+    """
+    dx, dy = displacement[..., 0], displacement[..., 1]
+    hue = np.arctan2(dy, dx) / (2 * math.pi) % 1
+    length = np.clip(_length(displacement) / largest, 0, 1)
+    # From 0.3 on, so that the direction of a short arrow can be told.
+    saturation = np.where(length > 0, 0.3 + 0.7 * length, 0)
+    return hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], axis=-1))
+
+
+def _length(displacement: np.ndarray) -> Float[np.ndarray, "*points"]:
+    return np.asarray(np.hypot(displacement[..., 0].astype(float), displacement[..., 1].astype(float)))
+
+
+def _thinning(drawn: Int[np.ndarray, "pairs patches 2"], grid: tuple[int, int, int]) -> int:
+    """Every how many patches, per side, an arrow is drawn.
+
+    Arrows that are long against their distance and point everywhere (an untrained model's) cover each other, so a
+    flow whose neighbours disagree is drawn with half as many per side. The same long arrows of a pan run in
+    parallel and need no more room.
+    """
+    _, h, w = grid
+    step = math.ceil(max(h, w) / ARROWS_PER_SIDE)
+    field = drawn.reshape(-1, h, w, 2).astype(float)
+    jumps = [_length(np.diff(field, axis=axis)).ravel() for axis in (1, 2)]
+    wild = np.mean(np.concatenate(jumps) if max(h, w) > 1 else [0.0]) > 2 * step
+    return 2 * step if wild and max(h, w) // step > ARROWS_PER_SIDE // 2 else step
+
+
+def _panels(columns: int, size: tuple[int, ...]) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure with two rows of panels at fixed places, room for headings and, on the right, the wheel."""
+    width, height = (_PANEL * side / max(size) for side in (size[1], size[0]))
+    across, down = width + 0.08, height + _GAP
+    # Never narrower than the headings, never lower than the wheel.
+    total_width = max(6.5, _LEFT + columns * across + _RIGHT)
+    total_height = max(_TOP + 2.2, _TOP + height + down + _BOTTOM)
+    figure = Figure(figsize=(total_width, total_height), dpi=_DPI, facecolor=_BACKGROUND)
+    lefts, tops = [_LEFT + column * across for column in range(columns)], [_TOP, _TOP + down]
+    return figure, [[_axes(figure, left, top, width, height) for left in lefts] for top in tops]
+
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes without ticks, placed in inches from the upper left corner."""
+    full_width, full_height = figure.get_size_inches()
+    bottom = full_height - top - height
+    box = (left / full_width, bottom / full_height, width / full_width, height / full_height)
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    return axes
+
+
+def _dimmed(picture: Picture) -> Picture:
+    """Darker and nearly grey, so that coloured arrows stand out on any picture."""
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.rint(0.38 * grey + 0.12 * picture).astype(np.uint8)
+
+
+def _draw_arrows(
+    axes: Axes,
+    displacement: Int[np.ndarray, "patches 2"],
+    grid: tuple[int, int, int],
+    size: tuple[int, ...],
+    largest: float,
+    step: int,
+) -> None:
+    """Arrows of one pair of frames from the centres of every `step`-th patch, in pixels."""
+    _, h, w = grid
+    patch = np.array([size[1] / w, size[0] / h])
+    rows, columns = np.arange((step - 1) // 2, h, step), np.arange((step - 1) // 2, w, step)
+    y, x = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
+    moves = displacement[y * w + x]
+    centres = (np.stack([x, y], axis=-1) + 0.5) * patch - 0.5
+    still: Bool[np.ndarray, " arrows"] = ~moves.any(axis=-1)
+    axes.scatter(centres[still, 0], centres[still, 1], s=2.5, color=_INK, linewidths=0, alpha=0.8)
+    _quiver(axes, centres[~still], moves[~still] * patch, flow_colours(moves[~still], largest))
+    axes.set_xlim(-0.5, size[1] - 0.5)
+    axes.set_ylim(size[0] - 0.5, -0.5)
+
+
+def _quiver(axes: Axes, centres: np.ndarray, arrows: np.ndarray, colours: np.ndarray) -> None:
+    """Arrows [N, 2] in data units, the long ones below: they would hide the short ones."""
+    order = np.argsort(-_length(arrows), kind="stable")
+    centres, arrows, colours = centres[order], arrows[order], colours[order]
+    # One data unit of an arrow is one pixel of the picture: true lengths.
+    scaling: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    head: dict[str, Any] = {"headwidth": 4.5, "headlength": 5, "headaxislength": 4.2, "minlength": 0.5}
+    axes.quiver(*centres.T, *arrows.T, color=colours, units="inches", width=0.012, **scaling, **head)
+
+
+def _write_headings(
+    figure: Figure, panels: list[list[Axes]], title: str, grid: tuple[int, int, int], step: int
+) -> None:
+    frames, h, w = grid
+    width, height = figure.get_size_inches()
+    thinned = f"; every {_ordinal(step)} patch is drawn" if step > 1 else ""
+    facts = f"{frames} latent frames of {h} x {w} patches{thinned}; dots: no motion"
+    left = _LEFT / width
+    heading = _cut(title or "Attention motion flow", width - _LEFT - 0.2, fontsize=12)
+    style: dict[str, Any] = {"ha": "left", "va": "center", "parse_math": False}
+    figure.text(left, 1 - 0.2 / height, heading, color=_INK, fontsize=12, **style)
+    figure.text(left, 1 - 0.43 / height, facts, color=_FAINT, fontsize=9, **style)
+    for row, label in zip(panels, ("to the next frame", "from the first frame"), strict=True):
+        row[0].text(
+            -0.03,
+            0.5,
+            label,
+            transform=row[0].transAxes,
+            rotation=90,
+            ha="right",
+            va="center",
+            color=_FAINT,
+            fontsize=9,
+        )
+
+
+def _ordinal(number: int) -> str:
+    return f"{number}{ {2: 'nd', 3: 'rd'}.get(number, 'th') }"
+
+
+def _draw_wheel(figure: Figure, largest: float) -> None:
+    """The legend: every direction and length in its colour, around the point of no motion."""
+    side, full_width = 1.0, figure.get_size_inches()[0]
+    axes = _axes(figure, full_width - _RIGHT + 0.5, _TOP + 0.35, side, side)
+    y, x = np.mgrid[-1:1:201j, -1:1:201j]
+    colours = flow_colours(np.stack([x, y], axis=-1), largest=1)
+    inside = np.clip((1 - np.hypot(x, y)) * 100, 0, 1)
+    axes.imshow(np.dstack([colours, inside]), extent=(-1, 1, 1, -1), interpolation="bilinear")
+    for text, place in {"right": (1.1, 0), "left": (-1.1, 0), "up": (0, -1.18), "down": (0, 1.18)}.items():
+        sideways = {1.1: "left", -1.1: "right"}.get(place[0], "center")
+        axes.text(*place, text, color=_INK, fontsize=8, ha=sideways, va="center")
+    note = f"direction and length\nrim: {largest:.3g} patches"
+    axes.text(0, 1.45, note, color=_FAINT, fontsize=8, ha="center", va="top")
+
+
+def _draw_step(axes: Axes, losses: Float[np.ndarray, " iterations"], start: int, number: int) -> None:
+    iterations = start + np.arange(len(losses))
+    if number % 2 == 0:
+        axes.axvspan(start - 0.5, start + len(losses) - 0.5, color="0.93", linewidth=0, zorder=0)
+    axes.plot(iterations, losses, color="tab:blue", marker=".", markersize=4, linewidth=1.2)
+    label = "first loss of a guided step" if number == 1 else None
+    ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "tab:red", "linewidths": 1.3, "zorder": 3}
+    axes.scatter(iterations[:1], losses[:1], s=42, label=label, **ring)
+
+
+def _number_steps(axes: Axes, starts: Int[np.ndarray, " bounds"]) -> None:
+    """Number the steps on the upper edge, at most about 25 of them."""
+    middles = (starts[:-1] + starts[1:] - 1) / 2
+    every = math.ceil(len(middles) / 25)
+    upper = axes.secondary_xaxis("top")
+    upper.set_xticks(middles[::every], [str(1 + n) for n in range(0, len(middles), every)], fontsize=8)
+    upper.tick_params(length=0)
+
+
+def _scale_losses(axes: Axes, values: Float[np.ndarray, " iterations"]) -> None:
+    smallest, largest = values.min(), values.max()
+    if smallest > 0 and largest / smallest > 10:
+        axes.set_yscale("log")
+        axes.grid(axis="y", which="both", color="0.85", linewidth=0.5)
+    else:
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axes.grid(axis="y", color="0.85", linewidth=0.5)
+
+
+def _evenly_spaced(available: int, wanted: int) -> list[int]:
+    count = min(available, wanted)
+    return [round(n * (available - 1) / max(1, count - 1)) for n in range(count)]
+
+
+def _strip(frames: UInt8[np.ndarray, "frames height width 3"], numbers: list[int]) -> Picture:
+    """The chosen frames side by side, at thumbnail size, with gaps in the background's colour."""
+    cells = [_thumbnail(frames[number]) for number in numbers]
+    gap = np.full((cells[0].shape[0], _MARGIN, 3), int(_BACKGROUND[1:3], 16), np.uint8)
+    return np.concatenate([part for cell in cells for part in (cell, gap)][:-1], axis=1)
+
+
+def _thumbnail(picture: Picture) -> Picture:
+    scale = _THUMBNAIL / max(picture.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    enlarging = cv2.INTER_NEAREST if scale >= 2 else cv2.INTER_CUBIC
+    interpolation = cv2.INTER_AREA if scale < 1 else enlarging
+    return cv2.resize(picture, (width, height), interpolation=interpolation)
+
+
+def _write_label(figure: Figure, label: str, numbers: list[int], y: float, size: tuple[int, int]) -> None:
+    """The label on the left and the frame numbers on the right of one line; a label that is too long is cut."""
+    width, height = size
+    note = "frames " + ", ".join(map(str, numbers))
+    room = (width - 6 * _MARGIN) / _DPI - _text_width(note, fontsize=8)
+    style: dict[str, Any] = {"va": "center", "parse_math": False}
+    figure.text(
+        _MARGIN / width, y / height, _cut(label, room, fontsize=10), color=_INK, fontsize=10, ha="left", **style
+    )
+    figure.text(1 - _MARGIN / width, y / height, note, color=_FAINT, fontsize=8, ha="right", **style)
+
+
+def _cut(text: str, inches: float, fontsize: int) -> str:
+    """One line that is at most so wide; prompts can be long and can have line breaks."""
+    line = " ".join(text.split())[:1000]
+    if _text_width(line, fontsize) <= inches:
+        return line
+    fitting = bisect_right(range(len(line)), inches, key=lambda n: _text_width(line[:n] + "…", fontsize))
+    return line[: max(0, fitting - 1)].rstrip() + "…"
+
+
+def _text_width(text: str, fontsize: int) -> float:
+    """Width in inches, or a little more: letters moved to whole pixels take up to 5 % more room than they measure."""
+    points, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=fontsize), ismath=False)
+    return 1.05 * points / 72
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    # Without the version of matplotlib in it, the same picture is the same file.
+    figure.savefig(path, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+
+
+def _check_frames(name: str, frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
+        raise PlotError(
+            f"{name} are {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] RGB with T >= 1. "
+            "Pictures in 0..1 must be multiplied by 255 and rounded; channels come last."
+        )
+
+
+def _checked_displacement(
+    displacement: np.ndarray, grid: tuple[int, int, int]
+) -> Int[np.ndarray, "frames frames patches 2"]:
+    frames, h, w = grid
+    if frames < 2 or h < 1 or w < 1:
+        raise PlotError(f"grid is {frames}x{h}x{w}, expected 2 latent frames or more: one frame has no motion.")
+    if displacement.shape != (frames, frames, h * w, 2):
+        raise PlotError(
+            f"displacement has the shape {list(displacement.shape)}, expected [{frames}, {frames}, {h * w}, 2] for a "
+            f"{frames}x{h}x{w} grid. Most likely the grid belongs to another clip or backbone; it is (frames, "
+            "height, width) in patches, not in pixels."
+        )
+    if not np.issubdtype(displacement.dtype, np.integer):
+        raise PlotError(
+            f"displacement is {displacement.dtype}, expected integers: whole patches. Draw the reference's hard "
+            "flow, or round a soft one."
+        )
+    return displacement.astype(np.int64)
+
+
+def _check_losses(losses: Sequence[Sequence[float]]) -> None:
+    if not losses:
+        raise PlotError("no losses came, expected one list per guided step. Was guidance off (guided_steps 0)?")
+    for number, step in enumerate(losses, start=1):
+        if not len(step):
+            raise PlotError(f"guided step {number} has no losses, expected one per optimiser iteration.")
+        if not np.isfinite(step).all():
+            raise PlotError(f"guided step {number} has losses that are not finite: {list(step)}. It diverged.")
