@@ -43,8 +43,13 @@ class MotionBank:
     positions: tuple[PositionEmbedding, ...]
     latents: Tensor | None = None
 
-    def check_fits(self, revision: str, grid: TokenGrid, steps: int) -> None:
+    def check_fits(self, revision: str, grid: TokenGrid, steps: int, guided_steps: int) -> None:
         """Raise BankMismatchError unless this bank was learned for this model, grid and number of steps."""
+        if guided_steps > len(self.positions):
+            raise BankMismatchError(
+                f"this motion bank has positions for {len(self.positions)} guided steps, the generation asks for "
+                f"{guided_steps}: set method.guided_steps: {len(self.positions)}, or build a bank with more"
+            )
         bank_grid = TokenGrid(*self.header.grid)
         for what, own, wanted in (
             ("model revision", f"{self.header.model_revision} ({self.header.model})", revision),

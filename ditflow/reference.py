@@ -72,10 +72,16 @@ class MotionReference:
         for what, own, wanted in (
             ("model revision", self.model_revision, backbone.revision),
             ("token grid", self.grid, grid),
-            ("loss", self.loss or method.loss, method.loss or self.loss),
+            ("loss", self.loss, method.loss or self.loss),
         ):
             if own != wanted:
                 raise ArtifactError(f"motion reference: its {what} is {own}, needed is {wanted}: extract it again")
+        blocks = method.blocks or () if method.loss is not None else ()
+        if missing := [block for block in blocks if block not in self.payloads]:
+            raise ArtifactError(
+                f"motion reference: it has the motion of blocks {list(self.payloads)}, needed are also {missing}: "
+                "extract it again"
+            )
 
 
 def reference_from_latents(

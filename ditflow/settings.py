@@ -5,6 +5,7 @@ A field that is None takes the model's own default: see `ModelDefaults` and `Met
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -78,14 +79,14 @@ class MethodSettings:
             ok = len(set(self.blocks)) == len(self.blocks) > 0 and min(self.blocks) >= 0
             _require(ok, "blocks", self.blocks, "one or more different block numbers, counted from 0")
         if self.temperature is not None:
-            _require(self.temperature > 0, "temperature", self.temperature, "a positive number (paper: 2)")
+            _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number (paper: 2)")
         if self.guided_steps is not None:
             expected = "a count of steps (paper: 10) or a fraction of them below 1"
             _require(self.guided_steps > 0, "guided_steps", self.guided_steps, expected)
         if self.iterations is not None:
             _require(self.iterations >= 1, "iterations", self.iterations, "at least 1 (paper: 5)")
         if self.learning_rate is not None:
-            ok = len(self.learning_rate) == 2 and min(self.learning_rate) > 0
+            ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
 
@@ -166,6 +167,12 @@ class ExecutionSettings:
     cfg: Literal["auto", "batched", "serial"] = "auto"
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     attention_backend: str = "native"
+
+    def __post_init__(self) -> None:
+        switch = ("auto", "on", "off")
+        _require(self.checkpointing in switch, "checkpointing", self.checkpointing, "auto, on or off")
+        _require(self.cfg in ("auto", "batched", "serial"), "cfg", self.cfg, "auto, batched or serial")
+        _require(self.vae_tiling in switch, "vae_tiling", self.vae_tiling, "auto, on or off")
 
 
 def settings_dict(settings: Any) -> dict[str, Any]:

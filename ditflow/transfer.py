@@ -166,6 +166,11 @@ def generate_latents(
 ) -> Transferred:
     """Sample latents that follow a motion reference or a bank. Settings are resolved."""
     assert sampling.steps is not None, "resolve() first"
+    if negative_prompt_embeds is None and sampling.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale {sampling.guidance_scale} needs negative_prompt_embeds (of an empty text, if there is no "
+            "negative prompt); guidance_scale 1 does without"
+        )
     bank = reference if isinstance(reference, MotionBank) else None
     motion = _injection_only(reference, backbone) if isinstance(reference, MotionBank) else reference
     guidance = None
@@ -219,10 +224,10 @@ def _check_reference(
     """Refuse a reference or bank that is missing, incomplete, or made for something else."""
     grid = backbone.grid(initial_latents)
     if bank is not None:
-        bank.check_fits(backbone.revision, grid, steps)
+        bank.check_fits(backbone.revision, grid, steps, method.count_guided_steps(steps))
     elif motion is None:
         raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
-    if motion is not None:
+    else:
         motion.check_fits(backbone, grid, method)
     if method.injects and (motion is None or motion.latents is None):
         raise ValueError(

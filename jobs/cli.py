@@ -134,7 +134,7 @@ def transfer(
             model=model,
             method=MethodSettings(
                 name=method,
-                optimize="position" if bank is not None else optimize,  # type: ignore[arg-type]  # checked there
+                optimize=optimize,  # type: ignore[arg-type]  # checked there
                 guided_steps=guided_steps,
                 injection=injection,
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def transfer(
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
     if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
         raise ValueError("--save-bank needs --optimize position, and no --bank: nothing else learns positions")
+    if isinstance(reference, MotionBank):
+        method, sampling = _as_learned(reference, method, sampling)
     backbone = backbones.load(model)
     source, size, fps = _source(reference, backbone, method)
     steps = sampling.resolve(backbone.defaults).steps
@@ -126,6 +128,15 @@ def render_clips(folder: Path, count: int, seed: int) -> None:
             clip = render(sample_scene(number, "eval"), FRAMES, HEIGHT, WIDTH)
             file.with_suffix(".txt").write_text(clip.prompt + "\n")
             write_video(file, clip.frames, DEFAULT_FPS)
+
+
+def _as_learned(
+    bank: MotionBank, method: MethodSettings, sampling: SamplingSettings
+) -> tuple[MethodSettings, SamplingSettings]:
+    """Take from the bank what the user left open: it serves only the schedule that it was learned in."""
+    guided_steps = method.guided_steps or len(bank.positions)
+    steps = sampling.steps or bank.header.steps
+    return replace(method, optimize="position", guided_steps=guided_steps), replace(sampling, steps=steps)
 
 
 def _source(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,13 @@ def _dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _own_defaults(folder: Path) -> ModelDefaults | None:
-    """Return the defaults that a model folder carries in `ditflow.json`, if it does."""
+def _own_defaults(folder: Path) -> dict[str, Any]:
+    """Return the defaults that a model folder carries in `ditflow.json`: none, some or all of `ModelDefaults`."""
     file = folder / "ditflow.json"
     if not file.is_file():
-        return None
+        return {}
     values: dict[str, Any] = json.loads(file.read_text())
-    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return ModelDefaults(**(values | tuples))
+    valid = [field.name for field in fields(ModelDefaults)]
+    if unknown := sorted(set(values) - set(valid)):
+        raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

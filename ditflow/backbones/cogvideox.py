@@ -61,14 +61,14 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: 
     return CogVideoX(pipeline.to(device), **identity)
 
 
-def read_geometry(folder: Path, name: str, defaults: ModelDefaults | None) -> Geometry:
+def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geometry:
     """Read a diffusers folder's geometry from its configurations alone."""
     transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
     return geometry_of(name, transformer, vae, defaults)
 
 
 def geometry_of(
-    name: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], defaults: ModelDefaults | None
+    name: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Geometry:
     """Return the geometry that two diffusers configurations describe."""
     spatial = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -87,7 +87,7 @@ def geometry_of(
             transformer["sample_height"] * spatial,
             transformer["sample_width"] * spatial,
         ),
-        defaults=defaults or _RELEASED.get((layers, rotary), half_depth),
+        defaults=replace(_RELEASED.get((layers, rotary), half_depth), **defaults),
     )
 
 
@@ -100,7 +100,7 @@ class CogVideoX:
         *,
         name: str,
         revision: str,
-        defaults: ModelDefaults | None = None,
+        defaults: Mapping[str, Any] | None = None,
         execution: ExecutionSettings | None = None,
     ):
         self.name, self.revision = name, revision
@@ -109,7 +109,7 @@ class CogVideoX:
             module.requires_grad_(False).eval()
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
         self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
-        self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults)
+        self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults or {})
         self.defaults = self.geometry.defaults
         self.execution = self._settle_execution(execution or ExecutionSettings())
 

@@ -38,16 +38,21 @@ class AttentionMotionFlowLoss:
     def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:
         """Return {"displacement": int8 [F, F, P, 2]}; StaticReferenceError if nothing moves at all."""
         displacement = amf.hard_displacement(capture, grid)
+        self._check_moves(displacement)
+        return {"displacement": displacement.cpu()}
+
+    def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
+        """Return the mean squared difference over the chosen entries."""
+        self._check_moves(payload["displacement"])
+        target = payload["displacement"].to(capture.query.device)
+        generated = amf.soft_displacement(capture, grid, self.temperature)
+        squared = (generated - target).square()
+        return squared.mean() if self.entries == "all" else squared[target != 0].mean()
+
+    def _check_moves(self, displacement: Tensor) -> None:
+        """Raise StaticReferenceError if there is no entry to compare: their mean would be NaN."""
         if self.entries == "nonzero" and not displacement.any():
             raise StaticReferenceError(
                 "the reference's attention motion flow is zero everywhere: there is no motion to transfer. Choose a "
                 "longer range of frames or a larger stride, or compare all entries (loss_entries: all)."
             )
-        return {"displacement": displacement.cpu()}
-
-    def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
-        """Return the mean squared difference over the chosen entries."""
-        target = payload["displacement"].to(capture.query.device)
-        generated = amf.soft_displacement(capture, grid, self.temperature)
-        squared = (generated - target).square()
-        return squared.mean() if self.entries == "all" else squared[target != 0].mean()

@@ -1,0 +1,129 @@
+"""What every motion loss promises, whoever wrote it: each test runs for everything in the registry."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+from ditflow.losses import MOTION_LOSSES, MotionLoss
+from ditflow.reference import MotionReference
+from ditflow.settings import METHODS, MethodSettings, ModelDefaults
+from ditflow.types import QueriesKeys, TokenGrid
+
+GRID = TokenGrid(frames=3, height=4, width=5)
+STILL, RIGHT, DOWN = [(0, 0)] * 3, [(0, 0), (1, 0), (2, 0)], [(0, 0), (0, 1), (0, 2)]
+SHARPNESS = 30.0
+"""Scale of the texture's tokens: logits so far apart that a softmax is a choice."""
+
+
+def textured_frames(shifts: list[tuple[int, int]]) -> torch.Tensor:
+    """[F, h, w, P]: one unit vector per patch, rolled by (dx, dy) in each frame."""
+    texture = SHARPNESS * torch.eye(GRID.patches).view(GRID.height, GRID.width, GRID.patches)
+    return torch.stack([texture.roll((dy, dx), dims=(0, 1)) for dx, dy in shifts])
+
+
+def texture_queries_keys(shifts: list[tuple[int, int]]) -> QueriesKeys:
+    tokens = textured_frames(shifts).flatten(0, 2)
+    return QueriesKeys(tokens, tokens.clone(), heads=1)
+
+
+def random_queries_keys() -> QueriesKeys:
+    query, key = (torch.randn(GRID.tokens, 16) for _ in range(2))
+    return QueriesKeys(query, key, heads=2)
+
+
+TEXTURES = {"queries_keys": texture_queries_keys}
+"""For each kind of capture: what a block would hand out for a texture that moves so."""
+RANDOM = {"queries_keys": random_queries_keys}
+"""For each kind of capture: what a block would hand out for noise."""
+
+
+@pytest.fixture(params=sorted(MOTION_LOSSES))
+def loss(request) -> MotionLoss:
+    method = MethodSettings(request.param).resolve(ModelDefaults(blocks=(1,)))
+    return MOTION_LOSSES[request.param].from_settings(method)
+
+
+def texture(loss: MotionLoss, shifts: list[tuple[int, int]]):
+    return TEXTURES[loss.captures](shifts)
+
+
+def differentiable(capture) -> list[torch.Tensor]:
+    """Make a capture's tensors ask for gradients, and return them."""
+    parts = [getattr(capture, field.name) for field in fields(capture)]
+    return [part.requires_grad_() for part in parts if torch.is_tensor(part)]
+
+
+def test_a_loss_is_found_by_its_own_name(loss):
+    assert isinstance(loss, MotionLoss)
+    assert MOTION_LOSSES[loss.name] is type(loss)
+    assert loss.name in METHODS
+
+
+def test_a_loss_is_a_finite_scalar(loss):
+    value = loss(RANDOM[loss.captures](), loss.reference(texture(loss, RIGHT), GRID), GRID)
+    assert value.shape == ()
+    assert math.isfinite(value.item())
+    assert value.item() > 0
+
+
+def test_everything_that_a_loss_captures_gets_a_gradient(loss):
+    payload = loss.reference(texture(loss, RIGHT), GRID)
+    capture = RANDOM[loss.captures]()
+    parts = differentiable(capture)
+    loss(capture, payload, GRID).backward()
+    assert parts
+    for part in parts:
+        assert part.grad is not None
+        assert part.grad.isfinite().all()
+        assert part.grad.any()
+
+
+def test_a_step_against_the_gradient_lowers_the_loss(loss):
+    payload = loss.reference(texture(loss, RIGHT), GRID)
+    capture = RANDOM[loss.captures]()
+    parts = differentiable(capture)
+    before = loss(capture, payload, GRID)
+    before.backward()
+    with torch.no_grad():
+        for part in parts:
+            part -= 1e-2 * part.grad / part.grad.norm()
+    assert loss(capture, payload, GRID) < before
+
+
+@pytest.mark.parametrize("reference", [RIGHT, DOWN], ids=["right", "down"])
+def test_the_motion_of_the_reference_costs_less_than_any_other(loss, reference):
+    payload = loss.reference(texture(loss, reference), GRID)
+    costs = {name: loss(texture(loss, m), payload, GRID) for name, m in (("right", RIGHT), ("down", DOWN))}
+    costs["still"] = loss(texture(loss, STILL), payload, GRID)
+    assert min(costs, key=lambda name: costs[name]) == ("right" if reference is RIGHT else "down")
+
+
+def test_a_payload_is_on_the_cpu_without_gradient(loss):
+    capture = texture(loss, RIGHT)
+    differentiable(capture)
+    payload = loss.reference(capture, GRID)
+    assert payload
+    for tensor in payload.values():
+        assert tensor.device.type == "cpu"
+        assert not tensor.requires_grad
+
+
+def test_a_payload_survives_its_file_bit_by_bit(loss):
+    payloads = {block: loss.reference(texture(loss, motion), GRID) for block, motion in ((3, RIGHT), (1, DOWN))}
+    loaded = MotionReference.from_bytes(MotionReference(GRID, "model", loss.name, payloads, None).to_bytes())
+    assert loaded.loss == loss.name
+    assert list(loaded.payloads) == [3, 1]
+    for block, payload in payloads.items():
+        assert loaded.payloads[block].keys() == payload.keys()
+        for part, tensor in payload.items():
+            assert loaded.payloads[block][part].dtype == tensor.dtype
+            assert torch.equal(loaded.payloads[block][part], tensor)
+
+
+def test_a_payload_from_a_file_gives_the_same_loss(loss):
+    payload = loss.reference(texture(loss, RIGHT), GRID)
+    loaded = MotionReference.from_bytes(MotionReference(GRID, "model", loss.name, {0: payload}, None).to_bytes())
+    capture = RANDOM[loss.captures]()
+    assert loss(capture, payload, GRID) == loss(capture, loaded.payloads[0], GRID)

@@ -1,0 +1,230 @@
+"""Motion banks: learned once, kept bit by bit, reused without optimisation, and refused where they do not fit."""
+
+import json
+import pickle
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import FRAMES, SIZE
+
+from ditflow.artifact import ArtifactError, write_artifact
+from ditflow.bank import BankMismatchError, MotionBank
+from ditflow.reference import MotionReference, extract_motion
+from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
+from ditflow.transfer import Transferred, learn_bank, transfer_motion
+
+STEPS, GUIDED_STEPS = 4, 2
+PROMPT = "a red ball"
+CLIP = (FRAMES, SIZE, SIZE)
+SAMPLING = SamplingSettings(steps=STEPS)
+METHOD = MethodSettings(
+    "ditflow", "position", guided_steps=GUIDED_STEPS, iterations=2, learning_rate=(0.05, 0.05), blocks=(1,)
+)
+
+
+def generate(backbone, reference, method: MethodSettings = METHOD, prompt: str = PROMPT, **options) -> Transferred:
+    given = {"size": CLIP, "sampling": SAMPLING, "seed": 5} | options
+    return transfer_motion(backbone, prompt, reference=reference, method=method, **given)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A run that optimised positions, with its bank as it comes back from a file."""
+
+    reference: MotionReference
+    run: Transferred
+    data: bytes
+    bank: MotionBank
+
+
+def learned_with(backbone, video: np.ndarray, method: MethodSettings) -> Learned:
+    reference = extract_motion(backbone, video, method)
+    run = generate(backbone, reference, method)
+    assert run.bank is not None
+    data = run.bank.to_bytes()
+    return Learned(reference, run, data, MotionBank.from_bytes(data))
+
+
+@pytest.fixture(scope="module")
+def learned(backbone, moving_video) -> Learned:
+    return learned_with(backbone, moving_video, METHOD)
+
+
+@pytest.fixture(scope="module")
+def rotary(rotary_backbone, moving_video) -> Learned:
+    return learned_with(rotary_backbone, moving_video, METHOD)
+
+
+def assert_same_positions(one: MotionBank, other: MotionBank) -> None:
+    assert len(one.positions) == len(other.positions)
+    for position, expected in zip(one.positions, other.positions, strict=True):
+        assert position.keys() == expected.keys()
+        assert all(torch.equal(position[part], expected[part]) for part in expected)
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def test_learning_a_bank_gives_the_positions_of_the_whole_run_and_stops_after_the_guided_steps(learned, backbone):
+    alone = learn_bank(
+        backbone, PROMPT, reference=learned.reference, size=CLIP, method=METHOD, sampling=SAMPLING, seed=5
+    )
+    assert_same_positions(alone.bank, learned.run.bank)
+    assert len(alone.records) == GUIDED_STEPS
+    assert len(learned.run.records) == STEPS
+    assert alone.bank.header == learned.run.bank.header
+    assert alone.video is None
+
+
+def test_the_header_tells_all_that_the_positions_depend_on(learned, backbone):
+    header = learned.run.bank.header
+    assert (header.model, header.model_revision) == (backbone.name, backbone.revision)
+    assert header.grid == (3, 4, 4)
+    assert header.steps == STEPS
+    assert header.timesteps == (999, 749)
+    assert header.method == settings_dict(METHOD.resolve(backbone.defaults))
+    assert header.prompt == PROMPT
+    assert header.provenance == {"size": list(CLIP)}
+    assert [list(losses) for losses in header.losses] == learned.run.losses
+
+
+def test_a_bank_keeps_the_latents_that_injection_needs(learned, rotary_backbone, rotary):
+    assert torch.equal(learned.bank.latents, learned.reference.latents)
+    method = replace(METHOD, injection=False)
+    without = learn_bank(
+        rotary_backbone,
+        PROMPT,
+        reference=replace(rotary.reference, latents=None),
+        size=CLIP,
+        method=method,
+        sampling=SAMPLING,
+    )
+    assert without.bank.latents is None
+
+
+@pytest.mark.parametrize(
+    "method", [replace(METHOD, optimize="latent"), replace(METHOD, name="injection"), replace(METHOD, name="none")]
+)
+def test_a_bank_is_learned_by_a_motion_loss_on_positions_only(rotary_backbone, rotary, method):
+    with pytest.raises(ValueError, match=f"optimize: position, not {method.name}, {method.optimize}"):
+        learn_bank(rotary_backbone, PROMPT, reference=rotary.reference, size=CLIP, method=method)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_a_file_keeps_every_bit(learned):
+    assert_same_positions(learned.bank, learned.run.bank)
+    assert torch.equal(learned.bank.latents, learned.run.bank.latents)
+    assert learned.bank.header == learned.run.bank.header
+    assert MotionBank.read_header(learned.data) == learned.run.bank.header
+
+
+def test_the_same_bank_gives_the_same_bytes(learned):
+    assert learned.run.bank.to_bytes() == learned.data
+    assert learned.bank.to_bytes() == learned.data
+
+
+def test_the_steps_of_a_bank_stand_in_order_beyond_nine(rotary):
+    """Names sort as step.1, step.10, step.2: the order must not come from them."""
+    positions = tuple({"query_cos": torch.full((2, 2), float(step))} for step in range(12))
+    header = replace(rotary.bank.header, timesteps=tuple(range(12)))
+    loaded = MotionBank.from_bytes(MotionBank(header, positions).to_bytes())
+    assert [position["query_cos"][0, 0].item() for position in loaded.positions] == list(range(12))
+
+
+def header_of(learned: Learned) -> dict:
+    return json.loads(json.dumps(asdict(learned.bank.header)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda learned: pickle.dumps([1.0]), "my.safetensors is not a safetensors file.*pickles are never read"),
+        (lambda learned: learned.data[: len(learned.data) // 2], "my.safetensors is not a safetensors file.*cut off"),
+        (lambda learned: learned.data[:-1], "my.safetensors is not a safetensors file.*cut off"),
+        (lambda learned: learned.reference.to_bytes(), "my.safetensors is no motion bank: it is motion reference"),
+        (
+            lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
+            "my.safetensors has motion bank format 1000.*reads up to.*upgrade ditflow",
+        ),
+        (lambda learned: write_artifact("motion bank", 1, {"model": "x"}, {}), "incomplete or unknown motion bank"),
+    ],
+    ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "no-header"],
+)
+def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
+    with pytest.raises(ArtifactError, match=message):
+        MotionBank.from_bytes(damage(rotary), "my.safetensors")
+
+
+# ---------------------------------------------------------------------- reuse
+
+
+def test_reuse_with_the_same_prompt_and_seed_gives_the_very_video_of_the_learning_run(learned, backbone):
+    reused = generate(backbone, learned.bank)
+    assert reused.video.tobytes() == learned.run.video.tobytes()
+    assert torch.equal(reused.latents, learned.run.latents)
+
+
+def test_reuse_without_injection_gives_the_very_video_of_the_learning_run(backbone, moving_video):
+    method = replace(METHOD, injection=False)
+    learned = learned_with(backbone, moving_video, method)
+    assert learned.bank.latents is None
+    assert generate(backbone, learned.bank, method).video.tobytes() == learned.run.video.tobytes()
+
+
+def test_reuse_optimises_nothing(learned, backbone, monkeypatch):
+    captures, capture = [], backbone.capture
+    monkeypatch.setattr(backbone, "capture", lambda *args, **kwargs: captures.append(args) or capture(*args, **kwargs))
+    reused = generate(backbone, learned.bank)
+    assert captures == []
+    assert reused.losses == []
+    assert all(record.learning_rate is None for record in reused.records)
+    assert reused.bank is None
+
+
+def test_reuse_serves_whatever_the_method_would_have_optimised(learned, backbone):
+    reused = generate(backbone, learned.bank, replace(METHOD, optimize="latent"))
+    assert reused.video.tobytes() == learned.run.video.tobytes()
+
+
+def test_a_bank_moves_the_video_of_another_prompt(learned, backbone):
+    prompt = "a green star"
+    zero_shot = generate(backbone, learned.bank, prompt=prompt)
+    assert zero_shot.video.shape == (*CLIP, 3)
+    assert not np.array_equal(zero_shot.video, learned.run.video)
+    injection_alone = generate(backbone, learned.reference, MethodSettings("injection", guided_steps=2), prompt)
+    assert (zero_shot.latents - injection_alone.latents).abs().max() > 1e-3
+
+
+def test_another_model_revision_is_refused(rotary, rotary_backbone):
+    stranger = replace(rotary.bank, header=replace(rotary.bank.header, model_revision="other"))
+    with pytest.raises(
+        BankMismatchError, match=rf"model revision is other \(tiny-rotary\).*is {rotary_backbone.revision}"
+    ):
+        generate(rotary_backbone, stranger)
+
+
+def test_another_grid_is_refused(rotary, rotary_backbone):
+    with pytest.raises(BankMismatchError, match="token grid is 3x4x4, the generation's is 3x4x5.*build a bank"):
+        generate(rotary_backbone, rotary.bank, size=(FRAMES, SIZE, SIZE + 8))
+
+
+def test_another_number_of_steps_is_refused(rotary, rotary_backbone):
+    with pytest.raises(BankMismatchError, match="number of denoising steps is 4, the generation's is 5"):
+        generate(rotary_backbone, rotary.bank, sampling=SamplingSettings(steps=5))
+
+
+def test_more_guided_steps_than_the_bank_has_positions_are_refused(rotary, rotary_backbone):
+    with pytest.raises(BankMismatchError, match="guided steps"):
+        generate(rotary_backbone, rotary.bank, replace(METHOD, guided_steps=GUIDED_STEPS + 1))
+
+
+def test_a_bank_without_latents_is_refused_for_injection_and_serves_without(rotary, rotary_backbone):
+    bare = replace(rotary.bank, latents=None)
+    with pytest.raises(ValueError, match="injection needs the reference's latents.*method.injection: false"):
+        generate(rotary_backbone, bare)
+    reused = generate(rotary_backbone, bare, replace(METHOD, injection=False))
+    assert not np.array_equal(reused.video, rotary.run.video)

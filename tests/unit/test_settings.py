@@ -1,0 +1,157 @@
+"""Settings: what is refused, what the learning rates are, and what a method needs."""
+
+import json
+import math
+from dataclasses import fields, replace
+
+import jaxtyping
+import numpy as np
+import pytest
+
+from ditflow.settings import (
+    METHODS,
+    ExecutionSettings,
+    MethodSettings,
+    ModelDefaults,
+    SamplingSettings,
+    SettingsError,
+    settings_dict,
+)
+
+DEFAULTS = ModelDefaults(
+    blocks=(3, 4),
+    temperature=1.5,
+    guided_steps=7,
+    iterations=2,
+    learning_rate=(0.03, 0.02),
+    steps=30,
+    guidance_scale=5.0,
+    dynamic_guidance_scale=True,
+)
+PAPER = MethodSettings().resolve(ModelDefaults(blocks=(20,)))
+REFUSED = [
+    (MethodSettings, "name", "warp", "one of none, injection, "),
+    (MethodSettings, "optimize", "weights", "latent or position"),
+    (MethodSettings, "preset", "newest", "paper or official"),
+    (MethodSettings, "loss_entries", "moving", "nonzero or all"),
+    (MethodSettings, "blocks", (), "one or more different block numbers"),
+    (MethodSettings, "blocks", (4, 4), "one or more different block numbers"),
+    (MethodSettings, "blocks", (2, -1), "counted from 0"),
+    (MethodSettings, "temperature", 0.0, "a positive number"),
+    (MethodSettings, "temperature", -2.0, "a positive number"),
+    (MethodSettings, "temperature", math.nan, "a positive number"),
+    (MethodSettings, "guided_steps", 0, "a count of steps (paper: 10) or a fraction of them below 1"),
+    (MethodSettings, "guided_steps", -0.2, "a count of steps (paper: 10) or a fraction of them below 1"),
+    (MethodSettings, "iterations", 0, "at least 1"),
+    (MethodSettings, "learning_rate", (0.002,), "two positive rates"),
+    (MethodSettings, "learning_rate", (0.003, 0.002, 0.001), "two positive rates"),
+    (MethodSettings, "learning_rate", (0.002, 0.0), "two positive rates"),
+    (SamplingSettings, "steps", 0, "between 1 and 1000"),
+    (SamplingSettings, "steps", 1001, "between 1 and 1000"),
+    (SamplingSettings, "guidance_scale", 0.5, "at least 1 (1: off)"),
+    (SamplingSettings, "guidance_scale", math.nan, "at least 1 (1: off)"),
+    (ExecutionSettings, "checkpointing", "sometimes", "auto, on or off"),
+    (ExecutionSettings, "cfg", "parallel", "auto, batched or serial"),
+    (ExecutionSettings, "vae_tiling", "always", "auto, on or off"),
+]
+
+
+@pytest.fixture
+def _as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the type checks of the tests, which would refuse a wrong value before the settings can."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("_as_users_run_it")
+@pytest.mark.parametrize(("settings", "key", "value", "expected"), REFUSED)
+def test_a_wrong_value_is_refused_with_its_key_and_what_is_valid(settings, key, value, expected):
+    with pytest.raises(SettingsError) as refused:
+        settings(**{key: value})
+    assert refused.value.key == key
+    assert str(refused.value).startswith(f"{key}: {value!r} is not valid: expected ")
+    assert expected in str(refused.value)
+
+
+def test_a_wrong_name_is_answered_with_every_method():
+    with pytest.raises(SettingsError, match=", ".join(METHODS)):
+        MethodSettings("warp")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_named(name):
+    assert MethodSettings(name).name == name
+
+
+def test_the_paper_falls_from_0_002_to_0_001_and_reaches_both():
+    rates = PAPER.learning_rates(10)
+    assert rates[0] == 0.002
+    assert rates[-1] == 0.001
+    np.testing.assert_allclose(rates, np.linspace(0.002, 0.001, 10), rtol=1e-12)
+
+
+def test_the_official_table_stops_one_short_of_the_last_rate():
+    rates = replace(PAPER, preset="official").learning_rates(10)
+    np.testing.assert_allclose(rates, np.linspace(0.002, 0.001, 11)[:10], rtol=1e-12)
+    np.testing.assert_allclose(rates[-1], 0.0011, rtol=1e-12)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_one_guided_step_takes_the_first_rate(preset):
+    assert replace(PAPER, preset=preset).learning_rates(1) == [0.002]
+
+
+@pytest.mark.parametrize(
+    ("guided_steps", "steps", "count"),
+    [(10, 50, 10), (50, 50, 50), (1, 1, 1), (0.2, 50, 10), (0.5, 5, 2), (0.99, 4, 4), (0.01, 100, 1), (10.0, 50, 10)],
+)
+def test_guided_steps_are_a_count_or_a_fraction_of_the_steps(guided_steps, steps, count):
+    assert replace(PAPER, guided_steps=guided_steps).count_guided_steps(steps) == count
+
+
+@pytest.mark.parametrize(
+    ("guided_steps", "steps"), [(51, 50), (10, 4), (0.001, 50), (1.5, 50)], ids=["one-more", "more", "none", "mixed"]
+)
+def test_guided_steps_beyond_or_between_the_steps_are_refused_with_both_keys(guided_steps, steps):
+    with pytest.raises(SettingsError, match=rf"guided_steps: {guided_steps} .* 1 and sampling.steps \({steps}\)"):
+        replace(PAPER, guided_steps=guided_steps).count_guided_steps(steps)
+
+
+def test_resolve_fills_whatever_is_none_from_the_model():
+    resolved = MethodSettings().resolve(DEFAULTS)
+    own = MethodSettings()
+    for field in fields(MethodSettings):
+        expected = getattr(own, field.name)
+        expected = getattr(DEFAULTS, field.name) if expected is None else expected
+        assert getattr(resolved, field.name) == expected
+    assert None not in settings_dict(resolved).values()
+    sampling = SamplingSettings(negative_prompt="blurred").resolve(DEFAULTS)
+    assert sampling == SamplingSettings(30, 5.0, True, "blurred")
+
+
+def test_resolve_leaves_what_is_set_as_it_is():
+    method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, "all")
+    assert method.resolve(DEFAULTS) == method
+    sampling = SamplingSettings(steps=8, guidance_scale=1.0, dynamic_guidance_scale=False)
+    assert sampling.resolve(DEFAULTS) == sampling
+    partly = MethodSettings(temperature=3.0).resolve(DEFAULTS)
+    assert (partly.temperature, partly.iterations) == (3.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "injects", "needs_reference"),
+    [
+        (MethodSettings("none"), None, False, False),
+        (MethodSettings("injection"), None, True, True),
+        (MethodSettings("ditflow"), "ditflow", True, True),
+        (MethodSettings("ditflow", injection=False), "ditflow", False, True),
+    ],
+    ids=["none", "injection", "ditflow", "ditflow-without-injection"],
+)
+def test_what_a_method_takes_from_the_reference(method, loss, injects, needs_reference):
+    assert (method.loss, method.injects, method.needs_reference) == (loss, injects, needs_reference)
+
+
+def test_a_settings_dict_is_its_own_json():
+    values = settings_dict(PAPER)
+    assert json.loads(json.dumps(values)) == values
+    assert values["learning_rate"] == [0.002, 0.001]
