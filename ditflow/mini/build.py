@@ -28,8 +28,9 @@ from ditflow.mini.world import VOCABULARY
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 64
 TEXT_TOKENS = 32
+LAYERS = 6
 _TEXT_DIM = 64
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever the recipe below changes, so that cached folders of older recipes are not used."""
 
 
@@ -55,7 +56,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def build_pipeline(
-    *, rotary: bool, layers: int = 4, temporal_patch: int | None = None, seed: int = 0
+    *, rotary: bool, layers: int = LAYERS, temporal_patch: int | None = None, seed: int = 0
 ) -> CogVideoXPipeline:
     """Build a tiny CogVideoX with random weights from `seed`; `temporal_patch` 2 is the layout of CogVideoX 1.5."""
     with torch.random.fork_rng(devices=[]):
@@ -86,6 +87,7 @@ def _text_encoder() -> T5EncoderModel:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
     )
     return T5EncoderModel(config)
 
@@ -110,7 +112,7 @@ def _transformer(rotary: bool, layers: int, temporal_patch: int | None) -> CogVi
         attention_head_dim=32,
         num_layers=layers,
         text_embed_dim=_TEXT_DIM,
-        time_embed_dim=128,
+        time_embed_dim=64,
         sample_width=WIDTH // 4,
         sample_height=HEIGHT // 4,
         sample_frames=FRAMES,
