@@ -227,11 +227,21 @@ def run(
 
 def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as_json: bool) -> bool:
     """Run one job; return whether all its rows are ok."""
+    spec, planned = _planned(path, overrides, retry)
+    _print_plan(spec, planned)
+    failed = sum(planned.counts.get(ended, 0) for ended in ("failed", "quarantined"))
+    if planned.todo:
+        failed += _run_rows(spec, planned, as_json)
+    if failed:
+        screen.print(f"{failed} rows failed: ditflow manifest show {spec.job.output.uri} --status failed")
+    return failed == 0
+
+
+def _run_rows(spec: ReadySpec, planned: Any, as_json: bool) -> int:
+    """Do the rows of a plan, showing each as it ends; return how many failed."""
     from jobs.display import RowProgress
     from pipeline.run import run_plan
 
-    spec, planned = _planned(path, overrides, retry)
-    _print_plan(spec, planned)
     with RowProgress(spec.job.name, len(planned.todo), screen) as progress:
 
         def on_row(row: dict[str, Any]) -> None:
@@ -240,14 +250,10 @@ def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as
                 _emit(**row)
 
         tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row)
-    failed = tally.failed + tally.quarantined + sum(planned.counts.get(s, 0) for s in ("failed", "quarantined"))
-    if planned.todo:
-        screen.print(
-            f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
-        )
-    if failed:
-        screen.print(f"{failed} rows failed: ditflow manifest show {spec.job.output.uri} --status failed")
-    return failed == 0
+    screen.print(
+        f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
+    )
+    return tally.failed + tally.quarantined
 
 
 def _planned(path: Path, overrides: list[str] | None, retry: tuple[str, ...]) -> tuple[ReadySpec, Any]:
@@ -395,6 +401,6 @@ def mini_clips(
     seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
 ) -> None:
     """Render clips of the synthetic world, with known motion, as reference videos. Existing files are kept."""
-    from jobs.single import render_clips
+    from jobs.clips import render_clips
 
     render_clips(folder, count, seed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -17,6 +19,9 @@ from ditflow.bank import MotionBank
 from pipeline.manifest import Manifest
 from pipeline.run import RUN_KEY
 from pipeline.store import Store, StoreMissingError
+
+_FILE_WIDTH = 200
+"""Characters of a table that goes to a file or a pipe."""
 
 
 class RowProgress:
@@ -110,11 +115,15 @@ def bank_rows(store: Store) -> list[dict[str, Any]]:
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table on stdout; prompts and errors are shown as they are, never as markup."""
-    table = Table(*columns)
+    """Print rows as a table on stdout, a line each; prompts and errors are shown as they are, never as markup."""
+    table = Table(box=SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        # The first column is an id, which people copy.
+        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=24 if number == 0 else None)
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
-    Console(markup=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One clip on this machine: what `ditflow transfer`, `ditflow extract` and `ditflow mini clips` do."""
+"""One clip on this machine: what `ditflow transfer` and `ditflow extract` do."""
 
 from __future__ import annotations
 
@@ -114,20 +114,6 @@ def extract(
     screen.print(f"{moving:.0%} of the patches of a {motion.grid} grid move, by {length:.2f} patches on average")
     _say_written(screen, [output, plot])
     return {"output": str(output), "grid": str(motion.grid), "moving": moving, "mean_displacement": length}
-
-
-def render_clips(folder: Path, count: int, seed: int) -> None:
-    """Render clips of the synthetic world's evaluation split as mp4, each with its prompt beside it."""
-    from ditflow.mini.build import FRAMES, HEIGHT, WIDTH
-    from ditflow.mini.world import render, sample_scene
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(seed, seed + count):
-        file = folder / f"clip-{number:04d}.mp4"
-        if not file.exists():
-            clip = render(sample_scene(number, "eval"), FRAMES, HEIGHT, WIDTH)
-            file.with_suffix(".txt").write_text(clip.prompt + "\n")
-            write_video(file, clip.frames, DEFAULT_FPS)
 
 
 def _as_learned(

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import ray
@@ -51,7 +52,21 @@ def connect() -> None:
     # Actors without a GPU must not lose sight of those that Ray does not manage; the core's own log has nothing to say.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
+    with _stderr_silenced():
+        ray.init(include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
+
+
+@contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Drop what native code writes to stderr; errors of Ray's start are exceptions and come through."""
+    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
 
 
 def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: Callable[[Row], None]) -> Tally:

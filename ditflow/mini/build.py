@@ -22,6 +22,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ditflow.cache import cache_folder
 from ditflow.mini.world import VOCABULARY
@@ -40,6 +41,7 @@ def mini_folder(name: str) -> Path:
     folder = cache_folder() / f"{kind}-v{_FORMAT}"
     if not (folder / "model_index.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        disable_progress_bar()
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         build_pipeline(rotary=kind == "mini-rotary").save_pretrained(temporary)
         _publish(temporary, folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs.single import render_clips
+from jobs.clips import render_clips
 from pipeline.run import connect
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from running import write_spec
 
-from jobs.single import render_clips
+from jobs.clips import render_clips
 from pipeline.faults import Ledger
 from pipeline.manifest import Manifest
 from pipeline.store import Store
