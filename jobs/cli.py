@@ -35,7 +35,7 @@ app.add_typer(manifest_app, name="manifest")
 app.add_typer(bank_app, name="bank")
 app.add_typer(mini_app, name="mini")
 
-screen = Console(stderr=True, highlight=False, soft_wrap=True)
+screen = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print machine-readable lines on stdout.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the spec: model.path=mini")]
@@ -64,20 +64,23 @@ def expected_errors() -> Iterator[None]:
     from pipeline.faults import TooManyFailuresError
     from pipeline.manifest import ManifestError
     from pipeline.plan import PlanError
-    from pipeline.store import StoreError, redact
+    from pipeline.store import StoreError, StoreMissingError, redact
 
-    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, FileNotFoundError, ValueError)
+    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, StoreMissingError, ValueError)
+    files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
     try:
         yield
     except wrong as error:
         _fail(redact(str(error)), WRONG_REQUEST)
+    except files as error:
+        _fail(redact(f"{error.filename}: {error.strerror}"), WRONG_REQUEST)
     except (StoreError, ManifestError, TooManyFailuresError) as error:
         _fail(redact(str(error)), OTHER_ERROR)
 
 
 def _fail(message: str, status: int) -> None:
     for line in message.splitlines():
-        screen.print(f"error: {line}", style="red", markup=False)
+        screen.print(f"error: {line}", style="red")
     raise typer.Exit(status)
 
 
@@ -112,6 +115,7 @@ def transfer(
 ) -> None:
     """Make one video that moves like a reference. No Ray, no job spec.
 
+    \b
     ditflow transfer bmx.mp4 "a leopard running up a snowy hill" -o leopard.mp4 --plot loss.png
     ditflow transfer bmx.mp4 "a leopard ..." --optimize position --save-bank bmx.safetensors
     ditflow transfer --bank bmx.safetensors "a tractor on a field" -o tractor.mp4
@@ -164,6 +168,7 @@ def extract(
 ) -> None:
     """Extract the attention motion flow of a video, and draw it.
 
+    \b
     ditflow extract bmx.mp4 -o bmx.safetensors --plot bmx.png
     """
     from ditflow.settings import MethodSettings
@@ -193,6 +198,7 @@ def plan(
 ) -> None:
     """Check a job and count its rows to do, done and failed. Starts nothing.
 
+    \b
     ditflow plan jobs/quickstart.yaml --set seeds=[1,2,3]
     """
     with expected_errors():
@@ -213,6 +219,7 @@ def run(
 
     Runs on this machine, or on the Ray cluster at RAY_ADDRESS.
 
+    \b
     ditflow run jobs/quickstart.yaml
     ditflow run my-job.yaml --set model.path=mini --retry failed
     """
@@ -297,12 +304,14 @@ def manifest_show(
     """Show the manifest as a table; with --json, a line per row."""
     from jobs.display import print_rows
     from pipeline.manifest import Manifest
-    from pipeline.record import COLUMN_NAMES
+    from pipeline.record import COLUMN_NAMES, STATUSES
 
     shown = ["row_id", "status", "prompt", "seed", "loss_first", "loss_final", "seconds_total", "error_message"]
     if columns is not None:
         shown = list(COLUMN_NAMES) if columns == "all" else columns.split(",")
     with expected_errors():
+        if status not in (None, *STATUSES):
+            raise ValueError(f"--status: {status!r} is not valid: expected {', '.join(STATUSES)}")
         table = Manifest(_store(output, storage)).read(list(dict.fromkeys(["status", *shown])))
         rows = [row for row in table.to_pylist() if status in (None, row["status"])]
         for row in rows if as_json else ():
@@ -325,7 +334,9 @@ def manifest_verify(
 
     with expected_errors():
         manifest = Manifest(_store(output, storage))
-        problems, rows = manifest.verify(check_hashes=hashes), len(manifest.statuses())
+        problems = manifest.verify(check_hashes=hashes)
+        damaged = any(problem.kind == "manifest_unreadable" for problem in problems)
+        rows = "unknown" if damaged else len(manifest.statuses())
     for problem in problems:
         _emit(**asdict(problem)) if as_json else print(f"{problem.kind}: {problem.row_id or ''} {problem.detail}")
     screen.print(f"{rows} rows, {len(problems)} problems")
@@ -362,14 +373,27 @@ def bank_show(
     from pipeline.store import read_uri
 
     with expected_errors():
-        header = MotionBank.read_header(read_uri(bank, json.loads(storage)), bank)
+        header = MotionBank.read_header(read_uri(bank, _options(storage)), bank)
         print(json.dumps(asdict(header), indent=2))
 
 
 def _store(output: str, storage: str) -> Any:
-    from pipeline.store import Store
+    from pipeline.store import Store, StoreMissingError
 
-    return Store(output, json.loads(storage))
+    store = Store(output, _options(storage))
+    if not (store.exists("job.yaml") or store.sizes("manifest") or store.sizes("banks")):
+        raise StoreMissingError(f"there is no job in {store.uri}: no job.yaml, manifest or banks. Check its spelling.")
+    return store
+
+
+def _options(storage: str) -> dict[str, Any]:
+    try:
+        options = json.loads(storage)
+    except ValueError as error:
+        raise ValueError(f"--storage: {storage!r} is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f'--storage: {storage!r} is not valid: expected a JSON object, such as {{"anon": true}}')
+    return options
 
 
 # ------------------------------------------------------------------------------------------------------ the rest

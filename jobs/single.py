@@ -44,8 +44,11 @@ class ReferenceClip:
 
     def size(self, backbone: Backbone) -> tuple[int, int, int]:
         """Frames, height and width."""
-        frames, height, width = backbone.geometry.sample_size
-        return self.frames or frames, self.height or height, self.width or width
+        asked = (self.frames, self.height, self.width)
+        frames, height, width = (
+            own if value is None else value for value, own in zip(asked, backbone.geometry.sample_size, strict=True)
+        )
+        return frames, height, width
 
 
 def transfer(
@@ -64,6 +67,7 @@ def transfer(
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
     if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
         raise ValueError("--save-bank needs --optimize position, and no --bank: nothing else learns positions")
+    _check_folders(output, save_bank, plot)
     if isinstance(reference, MotionBank):
         method, sampling = _as_learned(reference, method, sampling)
     backbone = backbones.load(model)
@@ -100,6 +104,7 @@ def extract(
     plot: Path | None = None,
 ) -> dict[str, Any]:
     """Extract a video's attention motion flow; return a summary."""
+    _check_folders(output, plot)
     backbone = backbones.load(model)
     clip = reference.read(backbone)
     motion = extract_motion(backbone, clip.frames, method)
@@ -149,6 +154,13 @@ def _showing_steps(screen: Console, method: str, steps: int | None) -> Iterator[
             progress.update(task, advance=1, loss=f"loss {record.losses[-1]:.4f}" if record.losses else "")
 
         yield on_step
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Raise before the work, not after it, when a result would have nowhere to go."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: the folder {file.parent} does not exist: make it first")
 
 
 def _say_written(screen: Console, files: Sequence[Path | None]) -> None:

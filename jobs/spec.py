@@ -47,15 +47,11 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> ReadySpec:
     Raises SpecError with every mistake that was found.
     """
     text = _read(Path(path))
-    lines = _Lines(text, str(path))
     values = _parse(text, str(path))
+    lines = _Lines(text, str(path))
     for override in overrides:
         _override(values, override)
-    unknown = list(_unknown_keys(values, Job, ()))
-    if unknown:
-        raise SpecError("\n".join(lines.at(keys, message) for keys, message in unknown))
-    job = _validate(values, lines)
-    return _resolve(job, lines)
+    return _resolve(_validate(values, lines), lines)
 
 
 def check_output(job: Job) -> None:
@@ -75,13 +71,20 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{name}: it is no YAML: {error}") from error
+    values = _from_yaml(text, name)
     if not isinstance(values, dict):
         raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(Job))}")
     return values
+
+
+def _from_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise SpecError(f"{name}{line}: it is no YAML: {reason}") from error
 
 
 class _Lines:
@@ -119,7 +122,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise SpecError(f"--set {override}: {parent} is no section but {inner!r}")
         values = inner
-    values[last] = yaml.safe_load(text)
+    values[last] = _from_yaml(text, f"--set {override}")
 
 
 # ------------------------------------------------------------------------------------------------ keys and types
@@ -153,10 +156,31 @@ def _section_in(hint: Any) -> type | None:
 
 
 def _validate(values: dict[str, Any], lines: _Lines) -> Job:
+    unknown = list(_unknown_keys(values, Job, ()))
+    mistakes = [lines.at(keys, message) for keys, message in unknown]
+    for keys, _ in unknown:
+        _drop(values, keys)
     try:
-        return _ADAPTER.validate_python(_without_auto(values))
+        job = _ADAPTER.validate_python(_without_auto(values))
     except ValidationError as error:
-        raise SpecError("\n".join(dict.fromkeys(_explain(e, lines) for e in error.errors()))) from error
+        # A key that is missing where another is misspelt is most likely that one.
+        misspelt = {keys[:-1] for keys, _ in unknown}
+        errors = [e for e in error.errors() if e["type"] != "missing" or e["loc"][:-1] not in misspelt]
+        mistakes += _explain_all(errors, lines)
+        if not mistakes:
+            raise
+        raise SpecError("\n".join(mistakes)) from error
+    if mistakes:
+        raise SpecError("\n".join(mistakes))
+    return job
+
+
+def _drop(values: Any, keys: tuple[str, ...]) -> None:
+    *parents, last = keys
+    for parent in parents:
+        values = values[parent]
+    for key in [key for key in values if str(key) == last]:
+        del values[key]
 
 
 _ADAPTER: TypeAdapter[Job] = TypeAdapter(Job)
@@ -172,14 +196,48 @@ def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **sections}
 
 
-def _explain(error: Mapping[str, Any], lines: _Lines) -> str:
-    """Turn one of pydantic's errors into one line."""
-    keys = [str(part) for part in error["loc"] if not _UNION_MEMBER.match(str(part))]
+def _explain_all(errors: Iterable[Mapping[str, Any]], lines: _Lines) -> list[str]:
+    """Turn pydantic's errors into one line for each wrong value.
+
+    A value that fits no member of a union has an error for each: those count that came furthest into the value.
+    """
+    values: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"]]
+        member = next((n for n, part in enumerate(parts) if _UNION_MEMBER.match(part)), len(parts))
+        values.setdefault(tuple(parts[:member]), []).append(error)
+    explained = []
+    for found in values.values():
+        furthest = max(len(error["loc"]) for error in found)
+        lines_of_value: dict[tuple[str, ...], list[str]] = {}
+        for error in found:
+            if len(error["loc"]) == furthest:
+                keys, message = _explain(error)
+                lines_of_value.setdefault(keys, []).append(message)
+        explained += [lines.at(keys, _either(messages)) for keys, messages in lines_of_value.items()]
+    return explained
+
+
+def _explain(error: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """Return the keys of one of pydantic's errors, and what it says."""
+    keys = tuple(str(part) for part in error["loc"] if not _UNION_MEMBER.match(str(part)))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SettingsError):
-        return lines.at([*keys, cause.key], str(cause).removeprefix(f"{cause.key}: "))
-    came = "" if error["type"] == "missing" else f"{error['input']!r} is not valid: "
-    return lines.at(keys, f"{came}{error['msg'].removeprefix('Value error, ')}")
+        return (*keys, cause.key), str(cause).removeprefix(f"{cause.key}: ")
+    if error["type"] == "missing":
+        return keys, "it is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    expected = _EXPECTED.get(error["type"], message)
+    return keys, f"{error['input']!r} is not valid: expected {expected}"
+
+
+def _either(messages: list[str]) -> str:
+    first, *others = dict.fromkeys(messages)
+    return " or ".join([first, *(other.split(": expected ", 1)[-1] for other in others)])
+
+
+_EXPECTED = {"tuple_type": "a list", "dataclass_type": "a section {key: value, ...}"}
+"""pydantic's names of Python types, as YAML calls them."""
 
 
 _UNION_MEMBER = re.compile(r"(Table|str|int|float|bool|(tuple|literal)\[.*)$")
@@ -197,7 +255,7 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
         raise SpecError(lines.at(["model", "path"], str(error))) from error
     defaults = model.geometry.defaults
     resolved = replace(job, method=job.method.resolve(defaults), sampling=job.sampling.resolve(defaults))
-    mistakes = list(_misfits(resolved, model, lines))
+    mistakes = [*_misfits(resolved, model, lines), *_credentials(job, lines)]
     if mistakes:
         raise SpecError("\n".join(mistakes))
     return ReadySpec(resolved, model, to_yaml(resolved))
@@ -219,6 +277,14 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
         except SettingsError as error:
             keys = [*([section.strip()] if section else []), *error.key.split(".")]
             yield lines.at(keys, str(error).removeprefix(f"{error.key}: "))
+
+
+def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
+    """Credentials among the storage options, which would reach the resolved copy."""
+    try:
+        Store(job.output.uri, job.storage_options)
+    except StoreError as error:
+        yield lines.at(["storage_options"], str(error))
 
 
 def _check_kind(job: Job) -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from ditflow.settings import SettingsError
 from pipeline.record import check_row_id
 from pipeline.store import Store, StoreError, is_transient, redact
 
@@ -54,16 +55,13 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("attempts", "worker_died_attempts"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 try is needed.")
+                raise SettingsError(name, getattr(self, name), "at least 1 try")
         if not self.row_deadline_s > 0:
-            raise ValueError(f"row_deadline_s is {self.row_deadline_s}; expected seconds above 0.")
+            raise SettingsError("row_deadline_s", self.row_deadline_s, "seconds above 0")
         if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}; expected 0 to 1.")
+            raise SettingsError("max_failed_fraction", self.max_failed_fraction, "0 to 1")
         if not 0 <= self.base_seconds <= self.max_seconds:
-            raise ValueError(
-                f"base_seconds is {self.base_seconds} and max_seconds {self.max_seconds}; expected "
-                "0 <= base_seconds <= max_seconds."
-            )
+            raise SettingsError("base_seconds", self.base_seconds, f"0 to max_seconds ({self.max_seconds})")
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,10 @@ class Job:
     faults: Policy = field(default_factory=Policy)
     storage_options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.seeds or not all(-(2**63) <= seed < 2**63 for seed in self.seeds):
+            raise SettingsError("seeds", self.seeds, "one or more whole numbers of 64 bits")
+
     ROW_FORMAT: ClassVar[int] = 1
     """Raised when the same settings come to mean other bytes."""
 

@@ -153,10 +153,23 @@ def _paired_by_table(job: Job, table: Table) -> Iterator[tuple[Input | None, str
     missing = {column, table.column} - set(rows[0] if rows else {})
     if missing:
         raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
+    for number, row in enumerate(rows, 1):
+        _check_pair(table.uri, number, row, column, table.column)
     inputs = {source.uri: source for source in _hashed(job, {_absolute(job, row[column]) for row in rows})}
     for row in rows:
         seeds = job.seeds if row.get("seed") is None else (int(row["seed"]),)
         yield from ((inputs[_absolute(job, row[column])], str(row[table.column]), seed) for seed in seeds)
+
+
+def _check_pair(uri: str, number: int, row: Mapping[str, Any], source: str, prompt: str) -> None:
+    checks = {
+        source: ("the name of a file", lambda value: isinstance(value, str) and value != ""),
+        prompt: ("a text", lambda value: value not in (None, "")),
+        "seed": ("a whole number", lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0)),
+    }
+    for column, (expected, fits) in checks.items():
+        if not fits(row.get(column)):
+            raise PlanError(f"pairing: row {number} of {uri} has {column} {row[column]!r}: expected {expected}")
 
 
 def _absolute(job: Job, name: str) -> str:
@@ -197,7 +210,10 @@ def _prompts(job: Job) -> list[str]:
                 f"prompts.column: {job.prompts.column!r} is not in {job.prompts.uri}; "
                 f"it has {', '.join(table.column_names)}"
             )
-        prompts = [str(prompt) for prompt in table[job.prompts.column].to_pylist() if prompt]
+        prompts = [str(prompt) if prompt is not None else "" for prompt in table[job.prompts.column].to_pylist()]
+        if "" in prompts:
+            row = prompts.index("") + 1
+            raise PlanError(f"prompts: row {row} of {job.prompts.uri} has no {job.prompts.column}: fill or remove it")
     if not prompts:
         raise PlanError("prompts: there is none: expected a list of texts, or {uri: table, column: name}")
     return prompts

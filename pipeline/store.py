@@ -275,6 +275,8 @@ def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
             yield str(name)
         elif isinstance(value, Mapping):
             yield from _credential_keys(value)
+        elif isinstance(value, str) and re.search(r"://[^/\s@]+@", value):
+            yield str(name)
 
 
 # ---------------------------------------------------------------------------------------------------- Store

@@ -1,6 +1,5 @@
 """Facts about faults: what kind an error is, what is tried again, and that a dead process leaves its mark."""
 
-import asyncio
 import concurrent.futures
 import errno
 import http.client
@@ -47,7 +46,7 @@ class RayLikeTaskError(Exception):
 
 
 TRANSIENT = [
-    TimeoutError("slow"), asyncio.TimeoutError(), concurrent.futures.TimeoutError(),
+    TimeoutError("slow"), TimeoutError(), concurrent.futures.TimeoutError(),
     ConnectionResetError(errno.ECONNRESET, "reset"), BrokenPipeError(errno.EPIPE, "pipe"), ConnectionRefusedError(),
     OSError(errno.ETIMEDOUT, "timed out"), OSError(errno.EBUSY, "busy"), OSError(errno.EHOSTUNREACH, "no route"),
     OSError(errno.ESTALE, "stale file handle"), http.client.IncompleteRead(b""),
@@ -166,8 +165,8 @@ def test_other_errors_are_not_tried_again(error):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"attempts": 0}, "attempts is 0"),
-        ({"worker_died_attempts": 0}, "worker_died_attempts is 0"),
+        ({"attempts": 0}, "attempts: 0"),
+        ({"worker_died_attempts": 0}, "worker_died_attempts: 0"),
         ({"base_seconds": -1}, "base_seconds"),
         ({"base_seconds": 9, "max_seconds": 1}, "max_seconds"),
     ],

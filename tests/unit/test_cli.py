@@ -1,0 +1,653 @@
+"""Facts about the command line, on real files with the embedded models. Nothing here starts Ray."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+import typer
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from ditflow import backbones
+from ditflow.bank import MotionBank
+from ditflow.reference import MotionReference
+from ditflow.video import probe_video, read_video
+from jobs.cli import app
+from pipeline.manifest import Manifest
+from pipeline.plan import make_plan
+from pipeline.record import COLUMN_NAMES, make_row
+from pipeline.store import Store
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+SIZE = ("--frames", FRAMES, "--height", HEIGHT, "--width", WIDTH)
+FEW_STEPS = ("--steps", 3, "--guided-steps", 2)
+PROMPT = "a red ball moving over grass"
+MODELS = ("mini", "mini-additive")
+
+
+def ditflow(*arguments: object, status: int = 0) -> Result:
+    """Run the command line in this process; any error that is no exit status is a traceback for the user."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.stderr
+    return result
+
+
+def json_of(result: Result) -> dict:
+    """The one JSON object that is all of stdout."""
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def lines_of(result: Result) -> list[dict]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def errors_of(result: Result) -> list[str]:
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cached_models_on_one_thread(tmp_path_factory):
+    """Models are built once, and run on one thread: they are too small for more, which only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITFLOW_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    ditflow("mini", "clips", folder, "--count", 2)
+    return sorted(folder.glob("*.mp4"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(request, clips, tmp_path_factory) -> SimpleNamespace:
+    """One video by position optimisation, with its bank and loss curve, on each of the models."""
+    folder = tmp_path_factory.mktemp(request.param)
+    files = {"video": folder / "out.mp4", "bank": folder / "bank.safetensors", "plot": folder / "loss.png"}
+    options = ("--optimize", "position", "--save-bank", files["bank"], "--plot", files["plot"], "--seed", 4)
+    result = ditflow(
+        "transfer", clips[0], PROMPT, "-o", files["video"], "--model", request.param, *SIZE, *FEW_STEPS, *options
+    )
+    return SimpleNamespace(model=request.param, result=result, **files)
+
+
+# ---------------------------------------------------------------------------------------------------- mini clips
+
+
+def test_the_rendered_clips_are_videos_of_the_models_size_with_a_prompt_beside_each(clips):
+    size = backbones.identify("mini").geometry.sample_size
+    assert [(info.frames, info.height, info.width) for info in map(probe_video, clips)] == [size, size]
+    assert all(clip.with_suffix(".txt").read_text().strip() for clip in clips)
+    assert clips[0].read_bytes() != clips[1].read_bytes()
+
+
+def test_a_clip_that_is_there_is_kept(clips):
+    before = [clip.stat().st_mtime_ns for clip in clips]
+    ditflow("mini", "clips", clips[0].parent, "--count", 2)
+    assert [clip.stat().st_mtime_ns for clip in clips] == before
+
+
+# ------------------------------------------------------------------------------------------------------- extract
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_extract_writes_the_motion_of_a_clip_and_says_what_it_found(clips, tmp_path, model):
+    file = tmp_path / "amf.safetensors"
+    summary = json_of(ditflow("extract", clips[0], "-o", file, "--model", model, *SIZE, "--json"))
+    motion = MotionReference.from_bytes(file.read_bytes())
+    assert (motion.loss, str(motion.grid)) == ("ditflow", summary["grid"])
+    assert motion.model_revision == backbones.identify(model).revision
+    assert summary["output"] == str(file)
+    assert summary["moving"] == pytest.approx((motion.displacement != 0).any(-1).float().mean().item())
+
+
+def test_extract_draws_the_motion_into_a_png(clips, tmp_path):
+    pytest.importorskip("ditflow.plot")
+    result = ditflow("extract", clips[0], "-o", tmp_path / "a", "--plot", tmp_path / "amf.png", *SIZE)
+    assert (tmp_path / "amf.png").read_bytes().startswith(b"\x89PNG")
+    assert "amf.png" in result.stderr
+    assert result.stdout == ""
+
+
+def test_extract_takes_the_block_that_is_asked_for(clips, tmp_path):
+    ditflow("extract", clips[0], "-o", tmp_path / "amf", "--block", 0, *SIZE)
+    assert list(MotionReference.from_bytes((tmp_path / "amf").read_bytes()).payloads) == [0]
+
+
+# ------------------------------------------------------------------------------------------------------ transfer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_transfer_makes_a_video_of_the_asked_size_and_tells_the_losses(clips, tmp_path, model):
+    output = tmp_path / "out.mp4"
+    result = ditflow("transfer", clips[0], PROMPT, "-o", output, "--model", model, *SIZE, *FEW_STEPS, "--json")
+    summary, info = json_of(result), probe_video(output)
+    assert (info.frames, info.height, info.width) == (FRAMES, HEIGHT, WIDTH)
+    assert info.fps == pytest.approx(probe_video(clips[0]).fps)
+    assert summary["output"] == str(output)
+    assert [len(losses) for losses in summary["losses"]] == [5, 5]
+    assert all(losses[-1] < losses[0] for losses in summary["losses"])
+    assert {"extract", "guidance", "denoise", "decode"} <= summary["seconds"].keys()
+
+
+def test_transfer_by_position_makes_a_video_a_bank_and_a_loss_curve(made):
+    info = probe_video(made.video)
+    assert (info.frames, info.height, info.width) == (FRAMES, HEIGHT, WIDTH)
+    header = MotionBank.read_header(made.bank.read_bytes())
+    assert (header.model, header.prompt, header.steps, len(header.timesteps)) == (made.model, PROMPT, 3, 2)
+    assert made.plot.read_bytes().startswith(b"\x89PNG")
+    assert made.result.stdout == ""
+    assert all(str(file) in made.result.stderr for file in (made.video, made.bank, made.plot))
+
+
+def test_a_saved_bank_moves_another_prompt_without_a_reference_and_without_losses(made, tmp_path):
+    output = tmp_path / "reused.mp4"
+    options = ("--bank", made.bank, "--model", made.model, *FEW_STEPS, "--json")
+    summary = json_of(ditflow("transfer", *options, "a blue square", "-o", output))
+    info = probe_video(output)
+    assert (info.frames, info.height, info.width) == (FRAMES, HEIGHT, WIDTH)
+    assert summary["losses"] == []
+
+
+def test_a_saved_bank_repeats_the_video_that_it_was_learned_with(made, tmp_path):
+    output = tmp_path / "again.mp4"
+    ditflow("transfer", "--bank", made.bank, "--model", made.model, *FEW_STEPS, "--seed", 4, PROMPT, "-o", output)
+    assert output.read_bytes() == made.video.read_bytes()
+
+
+def test_a_bank_brings_its_own_number_of_steps(made, tmp_path):
+    ditflow("transfer", "--bank", made.bank, "--model", made.model, PROMPT, "-o", tmp_path / "out.mp4")
+    assert (tmp_path / "out.mp4").exists()
+
+
+def test_a_bank_of_another_model_is_refused(made, tmp_path):
+    other = next(model for model in MODELS if model != made.model)
+    options = ("--bank", made.bank, "--model", other, *FEW_STEPS)
+    (said,) = errors_of(ditflow("transfer", *options, PROMPT, "-o", tmp_path / "out.mp4", status=2))
+    assert "model revision" in said
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_plain_generation_needs_no_losses_and_gives_the_same_bytes_for_the_same_seed(clips, tmp_path):
+    def generated(name: str, seed: int) -> bytes:
+        options = ("--method", "none", "--steps", 1, "--seed", seed, *SIZE)
+        ditflow("transfer", clips[0], PROMPT, "-o", tmp_path / name, *options)
+        return (tmp_path / name).read_bytes()
+
+    assert generated("one.mp4", 1) == generated("again.mp4", 1)
+    assert generated("two.mp4", 2) != generated("one.mp4", 1)
+
+
+def test_start_and_stride_choose_the_frames_of_the_reference(clips, tmp_path):
+    method = ("--method", "injection", "--steps", 1, "--guided-steps", 1)
+    ranges = ("--start", 1, "--stride", 2, "--frames", 5, "--height", HEIGHT, "--width", WIDTH)
+    ditflow("transfer", clips[0], PROMPT, "-o", tmp_path / "out.mp4", *method, *ranges)
+    chosen = read_video(clips[0], frames=5, height=HEIGHT, width=WIDTH, start=1, stride=2)
+    assert probe_video(tmp_path / "out.mp4").fps == pytest.approx(chosen.fps)
+
+
+def test_a_name_with_brackets_is_written_and_shown_as_it_is(clips, tmp_path):
+    output = tmp_path / "take[a].safetensors"
+    result = ditflow("extract", clips[0], "-o", output, *SIZE)
+    assert output.exists()
+    assert str(output) in result.stderr
+
+
+# ------------------------------------------------------------------------------------- errors with a single clip
+
+
+@pytest.fixture
+def bad(clips, tmp_path) -> dict[str, Path]:
+    """Files that are no usable reference, by what is wrong with them."""
+    files = {name: tmp_path / f"{name}.mp4" for name in ("missing", "text", "empty", "cut", "folder")}
+    files["text"].write_text("<html>404 not found</html>\n" * 5)
+    files["empty"].touch()
+    files["cut"].write_bytes(clips[0].read_bytes()[:2000])
+    files["folder"].mkdir()
+    return files
+
+
+@pytest.mark.parametrize("command", ["transfer", "extract"])
+@pytest.mark.parametrize("name", ["missing", "text", "empty", "cut", "folder"])
+def test_a_file_that_is_no_video_is_one_clear_line_and_status_2(bad, tmp_path, command, name):
+    prompt = [PROMPT] if command == "transfer" else []
+    result = ditflow(command, bad[name], *prompt, "-o", tmp_path / "out", *SIZE, status=2)
+    (said,) = errors_of(result)
+    assert str(bad[name]) in said
+    assert not (tmp_path / "out").exists()
+
+
+WRONG = {
+    # what is wrong: (options, what is said)
+    "a clip that is too short": (("--frames", 33), "33 frames .* it has only 17"),
+    "a height that does not divide": (("--height", 60), "height: 60 is not valid: expected a multiple of 8"),
+    "a width below a patch": (("--width", 4), "width: 4 is not valid"),
+    "frames that the model cannot do": (("--frames", 10), "frames: 10 is not valid: expected 4k . 1 frames"),
+    "a start behind the end": (("--start", 100), "it has only 17"),
+    "no frames": (("--frames", 0), "frames"),
+    "no width": (("--width", 0), "width"),
+    "a stride of nothing": (("--stride", 0), "stride is 0, expected 1 or more"),
+    "an unknown model": (("--model", "no/such"), "one of mini"),
+}
+WRONG_TRANSFER = {
+    **WRONG,
+    "an unknown method": (("--method", "ditflo"), "'ditflo' is not valid: expected one of none, injection, ditflow"),
+    "more guided steps than steps": (("--steps", 3, "--guided-steps", 4), "guided_steps: 4 .* between 1 and"),
+    "no steps": (("--steps", 0), "steps: 0 is not valid"),
+    "a bank without learning": (("--save-bank", "b"), "--save-bank needs --optimize position"),
+}
+WRONG_EXTRACT = {**WRONG, "a block that is not there": (("--block", 99), "blocks: 99 is not valid: expected 0 to")}
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_TRANSFER.values(), ids=WRONG_TRANSFER)
+def test_a_wrong_transfer_is_one_clear_line_and_status_2(clips, tmp_path, options, said):
+    small = () if options[0] in SIZE else SIZE
+    (error,) = errors_of(ditflow("transfer", clips[0], PROMPT, "-o", tmp_path / "out.mp4", *small, *options, status=2))
+    assert re.search(said, error)
+    assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_EXTRACT.values(), ids=WRONG_EXTRACT)
+def test_a_wrong_extraction_is_one_clear_line_and_status_2(clips, tmp_path, options, said):
+    small = () if options[0] in SIZE else SIZE
+    (error,) = errors_of(ditflow("extract", clips[0], "-o", tmp_path / "amf", *small, *options, status=2))
+    assert re.search(said, error)
+    assert not (tmp_path / "amf").exists()
+
+
+def test_a_transfer_without_a_prompt_is_told_so(clips):
+    (said,) = errors_of(ditflow("transfer", clips[0], status=2))
+    assert "PROMPT is missing" in said
+
+
+@pytest.mark.parametrize("name", ["missing", "text", "empty"])
+def test_a_file_that_is_no_bank_is_one_clear_line_and_status_2(bad, name):
+    (said,) = errors_of(ditflow("transfer", "--bank", bad[name], PROMPT, status=2))
+    assert str(bad[name]) in said
+
+
+def test_a_motion_is_no_bank(clips, tmp_path):
+    ditflow("extract", clips[0], "-o", tmp_path / "amf", *SIZE)
+    (said,) = errors_of(ditflow("transfer", "--bank", tmp_path / "amf", PROMPT, status=2))
+    assert "no motion bank: it is motion reference" in said
+
+
+@pytest.mark.parametrize("option", ["-o", "--plot", "--save-bank"])
+def test_a_file_that_cannot_be_written_is_said_before_the_work_begins(clips, tmp_path, option):
+    files = {"-o": tmp_path / "out.mp4", option: tmp_path / "none" / "file"}
+    options = [part for pair in files.items() for part in pair]
+    result = ditflow("transfer", clips[0], PROMPT, "--optimize", "position", *SIZE, *FEW_STEPS, *options, status=2)
+    (said,) = errors_of(result)
+    assert str(tmp_path / "none") in said
+    assert "3/3 steps" not in result.stderr
+
+
+def test_an_extraction_that_cannot_be_written_is_one_clear_line_and_status_2(clips, tmp_path):
+    (said,) = errors_of(ditflow("extract", clips[0], "-o", tmp_path / "none" / "amf", *SIZE, status=2))
+    assert str(tmp_path / "none") in said
+
+
+# ---------------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.fixture
+def spec(clips, tmp_path) -> Path:
+    """A job of two references, two prompts and one seed."""
+    values = {
+        "kind": "synthesize",
+        "name": "small [a]",
+        "model": {"path": "mini"},
+        "references": {"uri": str(clips[0].parent), "frames": FRAMES, "height": HEIGHT, "width": WIDTH},
+        "prompts": [PROMPT, "a blue square"],
+        "seeds": [1],
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def test_plan_prints_the_counts_for_people_and_starts_nothing(spec, tmp_path):
+    result = ditflow("plan", spec)
+    assert result.stdout == ""
+    assert "small [a]: 4 rows of kind synthesize: 4 todo" in result.stderr
+    assert str(tmp_path / "out") in result.stderr
+    assert backbones.identify("mini").revision in result.stderr
+    assert not ray.is_initialized()
+    assert Store(str(tmp_path / "out")).list() == ["inputs.json"]
+
+
+def test_plan_prints_the_counts_for_machines(spec, tmp_path):
+    expected = {"name": "small [a]", "kind": "synthesize", "rows": 4, "todo": 4}
+    assert json_of(ditflow("plan", spec, "--json")) == expected
+    commit(tmp_path / "out", row_ids(spec)[:2], status="failed")
+    assert json_of(ditflow("plan", spec, "--json")) == {**expected, "todo": 2, "failed": 2}
+
+
+def test_plan_takes_overrides(spec):
+    overrides = ("--set", "seeds=[1,2,3]", "--set", "name=bigger")
+    planned = json_of(ditflow("plan", spec, *overrides, "--json"))
+    assert (planned["rows"], planned["name"]) == (12, "bigger")
+
+
+SPEC_MISTAKES = {
+    "misspelt key": ("method.iteration=5", "method.iteration: .*did you mean iterations"),
+    "negative learning rate": ("method.learning_rate=[-1,1]", "method.learning_rate: .*two positive rates"),
+    "guided steps beyond the steps": ("method.guided_steps=999", "method.guided_steps: .*between 1 and"),
+    "height that does not divide": ("references.height=60", "references.height: .*multiple of 8"),
+    "unknown method": ("method.name=ditflo", "method.name: .*none, injection, ditflow"),
+    "output below a file": ("output.uri={spec}/out", "output.uri: .*cannot be written to"),
+    "output on a protocol without atomic writes": ("output.uri=memory://out", "output.uri: .*s3://"),
+    "unknown kind": ("kind=dream", "kind: .*'synthesize'"),
+    "unknown model": ("model.path=no/such", "model.path: .*mini"),
+    "wrong type": ("sampling.steps=many", "sampling.steps: .*integer"),
+    "no such reference": ("references.uri={spec}/none", "none"),
+    "no references": ("references.uri=[]", "references.uri: nothing is given"),
+    "no prompts": ("prompts=[]", "prompts: there is none"),
+    "zip of unequal lengths": ("prompts=[a, b, c]", "pairing: zip"),
+    "credentials": ("storage_options={{key: AKIAIOSFODNN7EXAMPLE}}", "credentials"),
+    "no override": ("seeds", "expected KEY=VALUE"),
+}
+
+
+@pytest.mark.parametrize(("override", "said"), SPEC_MISTAKES.values(), ids=SPEC_MISTAKES)
+def test_a_wrong_spec_is_one_clear_line_and_status_2(spec, override, said):
+    zipped = ("--set", "pairing=zip") if "c]" in override else ()
+    (error,) = errors_of(ditflow("plan", spec, *zipped, "--set", override.format(spec=spec), status=2))
+    assert re.search(said, error)
+    assert "AKIA" not in error
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("text", ["kind: [", "- a", "", "kind: !!python/object/apply:os.getcwd []"], ids=range(4))
+def test_a_file_that_is_no_spec_is_one_clear_line_and_status_2(tmp_path, text):
+    (tmp_path / "job.yaml").write_text(text)
+    (said,) = errors_of(ditflow("plan", tmp_path / "job.yaml", status=2))
+    assert str(tmp_path / "job.yaml") in said
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_spec_that_is_missing_is_one_clear_line_and_status_2(tmp_path, command):
+    (said,) = errors_of(ditflow(command, tmp_path / "none.yaml", status=2))
+    assert "quickstart.yaml" in said
+
+
+def test_run_refuses_an_unknown_retry_before_it_reads_anything(tmp_path):
+    (said,) = errors_of(ditflow("run", tmp_path / "none.yaml", "--retry", "broken", status=2))
+    assert "failed or quarantined" in said
+
+
+def test_run_starts_no_cluster_when_nothing_is_left_to_do(spec, tmp_path):
+    commit(tmp_path / "out", row_ids(spec), status="ok")
+    assert "4 ok" in ditflow("run", spec).stderr
+    assert not ray.is_initialized()
+
+
+def test_run_ends_with_status_3_when_rows_failed_earlier_and_says_how_to_see_them(spec, tmp_path):
+    ids = row_ids(spec)
+    commit(tmp_path / "out", ids[:3], status="ok")
+    commit(tmp_path / "out", ids[3:], status="failed")
+    result = ditflow("run", spec, status=3)
+    assert f"1 rows failed: ditflow manifest show {tmp_path / 'out'} --status failed" in result.stderr
+    assert not ray.is_initialized()
+
+
+# ----------------------------------------------------------------------------------------- manifest, status, bank
+
+
+def row_ids(spec: Path) -> list[str]:
+    from jobs.spec import load_spec
+
+    ready = load_spec(spec)
+    return [row.row_id for row in make_plan(ready.job, ready.model.revision).todo]
+
+
+def commit(output: Path, ids: Iterable[str], status: str, **values) -> None:
+    """Write a job's rows, with an output for those that are ok."""
+    store = Store(str(output))
+    for row_id in ids:
+        fault = {"error_kind": "permanent", "error_class": "VideoError", "error_message": "[red]cut off[/red] [/x]"}
+        if status == "ok":
+            stored = store.put(f"videos/{row_id}.mp4", f"video {row_id}".encode())
+            fault = {"output_uri": stored.uri, "output_sha256": stored.sha256, "output_bytes": stored.bytes}
+        Manifest(store).commit(make_row(row_id=row_id, status=status, **fault, **values))
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """A finished job of two rows that are ok and one that failed."""
+    folder = tmp_path / "job"
+    losses = {"losses": [2.0, 1.0], "loss_first": 2.0, "loss_final": 1.0, "seconds_total": 3.0}
+    commit(folder, ["row-1", "row-2"], "ok", prompt="a [bold]ball[/bold]", seed=1, **losses)
+    commit(folder, ["row-3"], "failed", prompt="ein Bär", seed=2)
+    return folder
+
+
+def test_manifest_show_is_a_table_of_all_rows_with_texts_as_they_are(output):
+    shown = ditflow("manifest", "show", output, "--columns", "row_id,status,error_message").stdout
+    assert [shown.count(text) for text in ("row-1", "row-2", "row-3", "failed")] == [1, 1, 1, 1]
+    assert "[red]cut off[/red] [/x]" in shown
+
+
+def test_manifest_show_names_the_rows_and_why_they_failed_by_default(output):
+    shown = ditflow("manifest", "show", output).stdout
+    assert [name in shown for name in ("row-1", "row-2", "row-3")] == [True] * 3
+    assert [name in shown for name in ("row_id", "status", "seed")] == [True] * 3
+
+
+def test_manifest_show_as_json_is_a_line_per_row(output):
+    rows = lines_of(ditflow("manifest", "show", output, "--json", "--columns", "row_id,prompt,loss_final"))
+    assert rows == [
+        {"row_id": "row-1", "prompt": "a [bold]ball[/bold]", "loss_final": 1.0},
+        {"row_id": "row-2", "prompt": "a [bold]ball[/bold]", "loss_final": 1.0},
+        {"row_id": "row-3", "prompt": "ein Bär", "loss_final": None},
+    ]
+
+
+def test_manifest_show_may_be_limited_to_a_status_and_may_show_all_columns(output):
+    (row,) = lines_of(ditflow("manifest", "show", output, "--json", "--status", "failed", "--columns", "all"))
+    assert row.keys() == set(COLUMN_NAMES)
+    assert (row["row_id"], row["error_class"]) == ("row-3", "VideoError")
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "said"), [("--columns", "promt", "prompt"), ("--status", "fail", "failed")]
+)
+def test_manifest_show_refuses_names_that_do_not_exist_and_says_which_do(output, option, wrong, said):
+    (error,) = errors_of(ditflow("manifest", "show", output, option, wrong, status=2))
+    assert said in error
+
+
+def test_a_sound_job_has_no_problems(output):
+    result = ditflow("manifest", "verify", output)
+    assert (result.stdout, result.stderr) == ("", "3 rows, 0 problems\n")
+
+
+def test_verify_finds_a_missing_a_changed_and_a_superfluous_file_and_ends_with_status_1(output):
+    videos = output / "videos"
+    (videos / "row-1.mp4").unlink()
+    (videos / "row-2.mp4").write_bytes(b"video row-X")
+    (videos / "stray.mp4").write_bytes(b"?")
+    problems = lines_of(ditflow("manifest", "verify", output, "--json", status=1))
+    found = {(problem["kind"], problem["row_id"], problem["key"]) for problem in problems}
+    assert found == {
+        ("output_missing", "row-1", "videos/row-1.mp4"),
+        ("output_sha256", "row-2", "videos/row-2.mp4"),
+        ("orphan", None, "videos/stray.mp4"),
+    }
+    told = ditflow("manifest", "verify", output, "--no-hashes", status=1)
+    assert "output_missing: row-1" in told.stdout
+    assert "output_sha256" not in told.stdout
+    assert told.stderr == "3 rows, 2 problems\n"
+
+
+def test_verify_reports_a_damaged_manifest_file_and_the_rest_of_it(output):
+    (output / "manifest" / "row-2.parquet").write_bytes(b"PAR1")
+    (problem,) = lines_of(ditflow("manifest", "verify", output, "--json", status=1))
+    assert (problem["kind"], problem["key"]) == ("manifest_unreadable", "manifest/row-2.parquet")
+
+
+def test_status_counts_rows_and_tells_losses(output):
+    facts = json_of(ditflow("status", output, "--json"))
+    assert (facts["planned"], facts["todo"], facts["ok"], facts["failed"]) == (3, 0, 2, 1)
+    assert (facts["mean_loss_first"], facts["mean_loss_final"], facts["mean_seconds"]) == (2.0, 1.0, 3.0)
+    shown = ditflow("status", output)
+    assert re.search(r"ok\s+2\n\s+failed\s+1", shown.stderr)
+
+
+def test_status_of_a_run_in_the_middle_tells_rows_per_hour_and_time_left(output):
+    from datetime import datetime, timedelta
+
+    started = datetime.fromisoformat("2026-01-01T00:00:00+00:00")
+    run = {"planned": 9, "started_at": started.timestamp(), "todo": 6}
+    Store(str(output)).put("run.json", json.dumps(run).encode())
+    for minutes, row_id in ((10, "row-4"), (30, "row-5")):
+        commit(output, [row_id], "ok", finished_at=started + timedelta(minutes=minutes))
+    facts = json_of(ditflow("status", output, "--json"))
+    assert (facts["planned"], facts["todo"]) == (9, 4)
+    assert (facts["rows_per_hour"], facts["seconds_left"]) == (pytest.approx(4), pytest.approx(3600))
+    assert "1:00:00" in ditflow("status", output).stderr
+
+
+@pytest.fixture
+def banks(made, tmp_path) -> Path:
+    """An output folder with one bank."""
+    bank = MotionBank.from_bytes(made.bank.read_bytes())
+    provenance = {**bank.header.provenance, "reference_uri": "file:///refs/clip.mp4"}
+    header = replace(bank.header, provenance=provenance)
+    Store(str(tmp_path / "job")).put("banks/0a1b.safetensors", replace(bank, header=header).to_bytes())
+    return tmp_path / "job"
+
+
+def test_bank_list_tells_size_model_and_losses_of_every_bank(banks, made):
+    (row,) = lines_of(ditflow("bank", "list", banks, "--json"))
+    file = banks / "banks" / "0a1b.safetensors"
+    assert (row["bank_id"], row["bytes"], row["model"]) == ("0a1b", file.stat().st_size, made.model)
+    assert (row["prompt"], row["reference"], row["grid"]) == (PROMPT, "file:///refs/clip.mp4", "3x4x6")
+    assert row["loss_first"] > 0
+    shown = ditflow("bank", "list", banks)
+    assert "0a1b" in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_bank_show_prints_the_whole_header_as_json(banks, made):
+    header = json.loads(ditflow("bank", "show", banks / "banks" / "0a1b.safetensors").stdout)
+    assert (header["model"], header["steps"], header["method"]["optimize"]) == (made.model, 3, "position")
+    assert [len(losses) for losses in header["losses"]] == [5, 5]
+
+
+def test_bank_show_refuses_what_is_no_bank(output, tmp_path):
+    (said,) = errors_of(ditflow("bank", "show", output / "videos" / "row-1.mp4", status=2))
+    assert "row-1.mp4 is not a safetensors file" in said
+    (said,) = errors_of(ditflow("bank", "show", tmp_path / "none", status=2))
+    assert "does not exist" in said
+
+
+@pytest.mark.parametrize("command", [("status",), ("manifest", "show"), ("manifest", "verify"), ("bank", "list")])
+def test_a_folder_in_which_no_job_has_run_is_not_taken_for_a_sound_job(tmp_path, command):
+    (said,) = errors_of(ditflow(*command, tmp_path / "mistyped", status=2))
+    assert "mistyped" in said
+
+
+@pytest.mark.parametrize("storage", ["{", "5", '{"key": "AKIAIOSFODNN7EXAMPLE"}'], ids=["no JSON", "a number", "key"])
+def test_wrong_storage_options_are_one_clear_line(output, storage):
+    result = CliRunner().invoke(app, ["status", str(output), "--storage", storage])
+    (said,) = errors_of(result)
+    assert result.exit_code in (1, 2)
+    assert "storage" in said
+    assert "AKIA" not in said
+
+
+# -------------------------------------------------------------------------------------------- doctor, help, usage
+
+
+def test_doctor_finds_what_works(tmp_path):
+    findings = lines_of(ditflow("doctor", "--json", "--output", tmp_path / "out"))
+    assert all(finding["ok"] for finding in findings)
+    found = {finding["what"]: finding["found"] for finding in findings}
+    assert backbones.identify("mini").revision in found["model mini"]
+    assert "Python" in found["software"]
+    assert len(ditflow("doctor").stderr.splitlines()) == len(findings) - 1
+
+
+def test_doctor_says_what_does_not_work_and_ends_with_status_1(tmp_path):
+    (tmp_path / "file").touch()
+    options = ("--model", "no/such", "--output", tmp_path / "file" / "out")
+    result = ditflow("doctor", *options, status=1)
+    failed = [line for line in result.stderr.splitlines() if line.startswith("FAIL")]
+    assert ["no/such" in failed[0], "cannot be written to" in failed[1], len(failed)] == [True, True, 2]
+
+
+def commands(group: typer.core.TyperGroup, *path: str) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for name, command in group.commands.items():
+        below = commands(command, *path, name) if hasattr(command, "commands") else []
+        found += below or [(*path, name)]
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(app))
+
+
+def help_of(*command: str) -> str:
+    result = CliRunner().invoke(app, [*command, "--help"], terminal_width=200, env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_every_command_is_in_the_help_with_a_sentence():
+    shown = help_of()
+    for command in COMMANDS:
+        assert re.search(rf"^  {command[0]}\s+[A-Z]", shown, re.MULTILINE)
+
+
+def test_the_commands_are_those_that_are_promised():
+    promised = ["transfer", "extract", "plan", "run", "status", "doctor"]
+    assert {(name,) for name in promised} | {("manifest", "show"), ("manifest", "verify")} <= {*COMMANDS}
+    assert {("bank", "list"), ("bank", "show"), ("mini", "clips")} <= {*COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_help_of_a_command_says_what_it_does_and_explains_its_options(command):
+    shown = help_of(*command)
+    assert shown.startswith(f"Usage: ditflow {' '.join(command)}") or f"Usage: root {' '.join(command)}" in shown
+    assert re.search(r"^  [A-Z].*\.$", shown, re.MULTILINE)
+    options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown, re.MULTILINE)
+    assert len(options) >= 2 or "ditflow " in shown.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("command", ["transfer", "extract", "plan", "run"])
+def test_every_example_of_a_help_is_a_line_of_its_own_that_can_be_copied(command):
+    lines = [line.strip() for line in help_of(command).splitlines()[1:] if "ditflow " in line and "Usage" not in line]
+    assert lines
+    for line in lines:
+        assert line.startswith(f"ditflow {command} ")
+        assert line.count("ditflow ") == 1
+
+
+@pytest.mark.parametrize("arguments", [["dream"], ["manifest", "dream"], ["transfer"], ["plan"], ["plan", "--dream"]])
+def test_a_command_that_is_none_is_a_usage_error_with_status_2(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_no_command_started_ray():
+    assert not ray.is_initialized()

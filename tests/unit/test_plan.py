@@ -1,0 +1,620 @@
+"""Facts about the plan: which rows a job has, what their ids depend on, and which of them are left to do."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline.plan
+from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, SamplingSettings, SettingsError
+from pipeline.faults import Policy
+from pipeline.job import Banks, Job, Output, Pool, References, Resources, Table
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan, PlanError, WorkRow, make_plan
+from pipeline.record import make_row
+from pipeline.store import Store, StoreError, StoreMissingError, sha256_of
+
+DEFAULTS = ModelDefaults(blocks=(1,))
+METHOD = MethodSettings(optimize="position").resolve(DEFAULTS)
+SAMPLING = SamplingSettings().resolve(DEFAULTS)
+REVISION = "revision-1"
+
+
+def put(folder: Store, files: Mapping[str, bytes]) -> str:
+    for name, content in files.items():
+        folder.put(name, content)
+    return folder.uri
+
+
+@pytest.fixture
+def job(store: Store) -> Job:
+    """Two references, two prompts, two seeds, on the storage of the `store` fixture."""
+    references = put(Store(f"{store.uri}/refs"), {"a.mp4": b"first", "b.mp4": b"second"})
+    return _job(references, f"{store.uri}/out")
+
+
+@pytest.fixture
+def local_job(local_store: Store) -> Job:
+    references = put(Store(f"{local_store.uri}/refs"), {"a.mp4": b"first", "b.mp4": b"second"})
+    return _job(references, f"{local_store.uri}/out")
+
+
+def _job(references: str | tuple[str, ...], output: str, **changes: Any) -> Job:
+    values = {
+        "references": References(references, frames=17, height=64, width=64),
+        "prompts": ("a ball", "a star"),
+        "seeds": (1, 2),
+        "method": METHOD,
+        "sampling": SAMPLING,
+    }
+    return Job("synthesize", "test", Output(output), **{**values, **changes})
+
+
+def plan(job: Job, revision: str = REVISION, **options: Any) -> Plan:
+    return make_plan(job, revision, **options)
+
+
+def content(row: WorkRow) -> tuple:
+    source = row.reference or row.bank
+    return (source.uri.rsplit("/", 1)[-1] if source else None, row.prompt, row.seed)
+
+
+def contents(job: Job) -> list[tuple]:
+    return [content(row) for row in plan(job).todo]
+
+
+def ids(job: Job, revision: str = REVISION) -> list[str]:
+    return [row.row_id for row in plan(job, revision).todo]
+
+
+def motion_ids(job: Job, revision: str = REVISION) -> set[str | None]:
+    return {row.motion_id for row in plan(job, revision).todo}
+
+
+def folder_of(job: Job) -> Path:
+    """The local folder of a job's references."""
+    assert isinstance(job.references.uri, str)
+    return Path(job.references.uri.removeprefix("file://"))
+
+
+# ------------------------------------------------------------------------------------------------------- pairing
+
+
+def test_product_is_every_reference_with_every_prompt_and_seed(job):
+    names, prompts, seeds = ("a.mp4", "b.mp4"), ("a ball", "a star"), (1, 2)
+    assert contents(job) == [(name, prompt, seed) for name in names for prompt in prompts for seed in seeds]
+    assert plan(job).total == 8
+
+
+def test_zip_pairs_one_reference_with_one_prompt_for_every_seed(local_job):
+    assert contents(replace(local_job, pairing="zip")) == [
+        ("a.mp4", "a ball", 1), ("a.mp4", "a ball", 2), ("b.mp4", "a star", 1), ("b.mp4", "a star", 2)
+    ]  # fmt: skip
+
+
+def test_zip_of_unequal_lengths_is_refused_with_both_lengths(local_job):
+    with pytest.raises(PlanError, match="pairing: zip needs .* found 3 prompts for 2"):
+        plan(replace(local_job, pairing="zip", prompts=("a", "b", "c")))
+
+
+def test_an_extraction_is_one_row_per_reference_without_prompt_or_seed(local_job):
+    extraction = replace(local_job, kind="extract")
+    assert contents(extraction) == [("a.mp4", None, None), ("b.mp4", None, None)]
+
+
+def test_a_reuse_pairs_banks_and_names_no_reference(local_job, tmp_path):
+    banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank", "notes.txt": b"no bank"})
+    rows = plan(replace(local_job, kind="reuse", banks=Banks(banks), prompts=("a ball",), seeds=(5,))).todo
+    assert [content(row) for row in rows] == [("m.safetensors", "a ball", 5)]
+    assert [(row.reference, row.motion_id) for row in rows] == [(None, None)]
+
+
+def test_plain_generation_without_references_has_a_row_per_prompt_and_seed(local_job):
+    plain = replace(local_job, references=References(), method=replace(METHOD, name="none"))
+    assert [(row.reference, row.prompt, row.seed) for row in plan(plain).todo] == [
+        (None, prompt, seed) for prompt in ("a ball", "a star") for seed in (1, 2)
+    ]
+
+
+def write_table(store: Store, name: str, columns: Mapping[str, list]) -> str:
+    """Write a table as the ending of its name says, and return its URI."""
+    table, sink = pa.table(dict(columns)), pa.BufferOutputStream()
+    ending = name.rsplit(".", 1)[-1]
+    if ending == "jsonl":
+        data = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    else:
+        (pq.write_table if ending == "parquet" else pyarrow.csv.write_csv)(table, sink)
+        data = sink.getvalue().to_pybytes()
+    return store.put(name, data).uri
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_a_table_pairs_as_its_rows_say_with_names_relative_to_the_references(local_job, local_store, ending):
+    columns = {"reference": ["b.mp4", "a.mp4"], "prompt": ["ein Bär, 雪", 'a "quoted", star']}
+    pairs = write_table(local_store, f"pairs.{ending}", columns)
+    assert contents(replace(local_job, pairing=Table(pairs), prompts=())) == [
+        ("b.mp4", "ein Bär, 雪", 1), ("b.mp4", "ein Bär, 雪", 2),
+        ("a.mp4", 'a "quoted", star', 1), ("a.mp4", 'a "quoted", star', 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_a_seed_in_a_table_counts_for_its_row_and_an_empty_one_means_the_jobs_seeds(local_job, local_store, ending):
+    columns = {"reference": ["a.mp4"] * 3, "prompt": ["x", "y", "z"], "seed": [0, 7, None]}
+    pairs = write_table(local_store, f"pairs.{ending}", columns)
+    rows = contents(replace(local_job, pairing=Table(pairs)))
+    assert [row[1:] for row in rows] == [("x", 0), ("y", 7), ("z", 1), ("z", 2)]
+
+
+def test_a_table_may_name_another_column_and_absolute_files(local_job, local_store):
+    elsewhere = local_store.put("elsewhere/c.mp4", b"third").uri
+    path = elsewhere.removeprefix("file://")
+    pairs = write_table(local_store, "pairs.csv", {"reference": [elsewhere, path], "text": ["one", "two"]})
+    rows = plan(replace(local_job, pairing=Table(pairs, "text"), seeds=(1,))).todo
+    assert [(row.reference.uri, row.prompt) for row in rows] == [(elsewhere, "one"), (elsewhere, "two")]
+
+
+def test_a_table_for_reuse_names_banks(local_job, local_store):
+    banks = put(Store(f"{local_store.uri}/banks"), {"m.safetensors": b"bank"})
+    pairs = write_table(local_store, "pairs.csv", {"bank": ["m.safetensors"], "prompt": ["a ball"]})
+    reuse = replace(local_job, kind="reuse", banks=Banks(banks), pairing=Table(pairs), seeds=(1,))
+    assert contents(reuse) == [("m.safetensors", "a ball", 1)]
+
+
+def test_tables_and_relative_names_work_on_s3(s3_store):
+    references = put(Store(f"{s3_store.uri}/refs"), {"a.mp4": b"first"})
+    pairs = write_table(s3_store, "pairs.parquet", {"reference": ["a.mp4"], "prompt": ["a ball"]})
+    job = _job(references, f"{s3_store.uri}/out", pairing=Table(pairs), seeds=(1,))
+    assert contents(job) == [("a.mp4", "a ball", 1)]
+    assert plan(job).todo[0].reference.uri == f"{references}/a.mp4"
+
+
+@pytest.mark.parametrize("missing", ["reference", "prompt"])
+def test_a_pairing_without_a_needed_column_is_refused_with_its_name(local_job, local_store, missing):
+    columns = {"reference": ["a.mp4"], "prompt": ["a ball"]}
+    del columns[missing]
+    pairs = write_table(local_store, "pairs.csv", columns)
+    with pytest.raises(PlanError, match=f"^pairing: .*pairs.csv.*{missing}"):
+        plan(replace(local_job, pairing=Table(pairs)))
+
+
+def test_an_empty_pairing_is_refused(local_job, local_store):
+    pairs = write_table(local_store, "pairs.jsonl", {"reference": [], "prompt": []})
+    with pytest.raises(PlanError, match=r"pairs\.jsonl"):
+        plan(replace(local_job, pairing=Table(pairs)))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"reference": ["a.mp4"], "prompt": ["x"], "seed": ["first"]},
+        {"reference": ["a.mp4", None], "prompt": ["x", "y"]},
+        {"reference": ["a.mp4", "b.mp4"], "prompt": ["x", None]},
+        {"reference": [5], "prompt": ["x"]},
+    ],
+    ids=["a seed that is no number", "no reference", "no prompt", "a reference that is no text"],
+)
+def test_a_pairing_with_a_value_that_makes_no_row_is_refused(local_job, local_store, columns):
+    pairs = write_table(local_store, "pairs.parquet", columns)
+    with pytest.raises(PlanError, match="pairing"):
+        plan(replace(local_job, pairing=Table(pairs)))
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_prompts_come_from_a_table(local_job, local_store, ending):
+    prompts = write_table(local_store, f"prompts.{ending}", {"id": [1, 2], "text": ["ein Bär", "two\nlines"]})
+    rows = plan(replace(local_job, prompts=Table(prompts, "text"), seeds=(1,), pairing="zip")).todo
+    assert [row.prompt for row in rows] == ["ein Bär", "two\nlines"]
+
+
+def test_a_prompts_table_without_the_column_is_told_which_it_has(local_job, local_store):
+    prompts = write_table(local_store, "prompts.csv", {"id": [1], "text": ["x"]})
+    with pytest.raises(PlanError, match=r"^prompts\.column: 'prompt' is not in .*prompts\.csv; it has id, text"):
+        plan(replace(local_job, prompts=Table(prompts)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("prompts.parquet", b"PAR1 this is none", "no readable parquet table"),
+        ("prompts.csv", b"", "no readable csv table"),
+        ("prompts.csv", b"prompt,id\nx\ny,2\n", "no readable csv table"),
+        ("prompts.jsonl", b'{"prompt": ', "no readable jsonl table"),
+        ("prompts.jsonl", b"", "no readable jsonl table"),
+        ("prompts.xlsx", b"PK", r"tables are \.parquet, \.csv, \.jsonl"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_with_its_name(local_job, local_store, name, data, said):
+    with pytest.raises(PlanError, match=rf"{name}: .*{said}"):
+        plan(replace(local_job, prompts=Table(local_store.put(name, data).uri)))
+
+
+def test_a_prompts_table_that_does_not_exist_is_a_storage_error(local_job):
+    with pytest.raises(StoreMissingError, match=r"none\.csv"):
+        plan(replace(local_job, prompts=Table("/none.csv")))
+
+
+@pytest.mark.parametrize("prompts", [(), "table"])
+def test_no_prompts_are_refused(local_job, local_store, prompts):
+    if prompts == "table":
+        prompts = Table(write_table(local_store, "prompts.csv", {"prompt": pa.array([], pa.string())}))
+    with pytest.raises(PlanError, match="^prompts: there is none"):
+        plan(replace(local_job, prompts=prompts))
+
+
+def test_zip_never_moves_prompts_against_references_over_an_empty_prompt(local_job, local_store):
+    prompts = write_table(local_store, "prompts.parquet", {"prompt": [None, "of the second", "of the third"]})
+    with pytest.raises(PlanError, match="prompts"):
+        plan(replace(local_job, prompts=Table(prompts), pairing="zip"))
+
+
+def test_no_seeds_are_refused(local_job):
+    with pytest.raises((PlanError, SettingsError), match="^seeds"):
+        plan(replace(local_job, seeds=()))
+
+
+# ------------------------------------------------------------------------------------------------------- row ids
+
+
+def test_ids_are_the_same_wherever_the_references_lie_and_whatever_they_are_called(local_job, tmp_path):
+    other = put(Store(str(tmp_path / "moved")), {"z.mp4": b"first", "deep.mp4": b"second"})
+    moved = replace(local_job, references=replace(local_job.references, uri=other), output=Output(f"{tmp_path}/out2"))
+    assert set(ids(moved)) == set(ids(local_job))
+
+
+def test_ids_are_the_same_on_every_storage(local_job, s3_store):
+    references = put(Store(f"{s3_store.uri}/refs"), {"a.mp4": b"first", "b.mp4": b"second"})
+    assert ids(_job(references, f"{s3_store.uri}/out")) == ids(local_job)
+
+
+def test_ids_do_not_depend_on_the_order_of_references_prompts_and_seeds(local_job):
+    uri = local_job.references.uri
+    swapped = replace(
+        local_job,
+        references=replace(local_job.references, uri=(f"{uri}/b.mp4", f"{uri}/a.mp4")),
+        prompts=("a star", "a ball"),
+        seeds=(2, 1),
+    )
+    assert ids(swapped) != ids(local_job)
+    assert set(ids(swapped)) == set(ids(local_job))
+
+
+def test_a_row_has_the_same_id_however_it_was_paired(local_job, local_store):
+    columns = {"reference": ["a.mp4", "b.mp4"], "prompt": ["a ball", "a star"]}
+    pairs = write_table(local_store, "pairs.csv", columns)
+    assert ids(replace(local_job, pairing=Table(pairs))) == ids(replace(local_job, pairing="zip"))
+    assert set(ids(replace(local_job, pairing="zip"))) < set(ids(local_job))
+
+
+def vary(section: str, **change: Any):
+    """A change of some fields of one section of the job."""
+    return lambda job: replace(job, **{section: replace(getattr(job, section), **change)})
+
+
+MATTERS = {
+    "method": vary("method", name="injection"),
+    "optimize": vary("method", optimize="latent"),
+    "preset": vary("method", preset="official"),
+    "blocks": vary("method", blocks=(0,)),
+    "temperature": vary("method", temperature=1.0),
+    "guided_steps": vary("method", guided_steps=9),
+    "iterations": vary("method", iterations=4),
+    "learning_rate": vary("method", learning_rate=(0.002, 0.002)),
+    "injection": vary("method", injection=False),
+    "loss_entries": vary("method", loss_entries="all"),
+    "steps": vary("sampling", steps=49),
+    "guidance_scale": vary("sampling", guidance_scale=6.0),
+    "dynamic_guidance_scale": vary("sampling", dynamic_guidance_scale=True),
+    "negative_prompt": vary("sampling", negative_prompt="blurry"),
+    "frames": vary("references", frames=13),
+    "height": vary("references", height=32),
+    "width": vary("references", width=32),
+    "start": vary("references", start=1),
+    "stride": vary("references", stride=2),
+    "fit": vary("references", fit="stretch"),
+    "fps": vary("output", fps=12.0),
+    "dtype": vary("model", dtype="bfloat16"),
+    "kind": lambda job: replace(job, kind="build-bank"),
+    "prompts": lambda job: replace(job, prompts=("another", "prompt")),
+    "seeds": lambda job: replace(job, seeds=(3, 4)),
+}
+
+
+def test_every_setting_of_the_algorithm_is_among_those_that_are_varied_here():
+    sections = (MethodSettings(), SamplingSettings())
+    assert {name for section in sections for name in vars(section)} - {"name"} <= set(MATTERS)
+
+
+@pytest.mark.parametrize("change", MATTERS.values(), ids=MATTERS)
+def test_what_decides_the_output_changes_every_id(local_job, change):
+    assert set(ids(change(local_job))).isdisjoint(ids(local_job))
+
+
+def test_another_model_revision_changes_every_id(local_job):
+    assert set(ids(local_job, "revision-2")).isdisjoint(ids(local_job))
+    assert motion_ids(local_job, "revision-2").isdisjoint(motion_ids(local_job))
+
+
+DOES_NOT_MATTER = {
+    "name": lambda job: replace(job, name="another"),
+    "output": lambda job: replace(job, output=Output(f"{job.output.uri}-2")),
+    "model path": vary("model", path="/copies/mini"),
+    "device": vary("model", device="cuda:1"),
+    "execution": vary("model", execution=ExecutionSettings(checkpointing="on", cfg="serial")),
+    "resources": lambda job: replace(job, resources=Resources(Pool(2), Pool((1, 4), 0.5), threads=1)),
+    "faults": lambda job: replace(job, faults=Policy(attempts=9, base_seconds=0)),
+    "glob": vary("references", glob="*"),
+}
+
+
+@pytest.mark.parametrize("change", DOES_NOT_MATTER.values(), ids=DOES_NOT_MATTER)
+def test_what_only_decides_how_the_work_is_done_changes_no_id(local_job, change):
+    assert ids(change(local_job)) == ids(local_job)
+    assert motion_ids(change(local_job)) == motion_ids(local_job)
+
+
+def test_a_prompt_or_a_seed_more_leaves_the_other_ids_as_they_were(local_job):
+    before = set(ids(local_job))
+    assert before < set(ids(replace(local_job, prompts=("a ball", "a star", "a cube"))))
+    assert before < set(ids(replace(local_job, seeds=(1, 2, 3))))
+
+
+def test_the_size_of_a_reference_does_not_matter_for_reuse_where_the_bank_decides(local_job, tmp_path):
+    banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
+    reuse = replace(local_job, kind="reuse", banks=Banks(banks))
+    assert ids(reuse) == ids(vary("references", height=32)(reuse))
+
+
+def test_a_changed_reference_changes_only_its_own_rows(job):
+    before = {row.row_id: content(row) for row in plan(job).todo}
+    Store(job.references.uri).put("b.mp4", b"second, cut anew")
+    after = {row.row_id: content(row) for row in plan(job).todo}
+    assert sorted(before.values()) == sorted(after.values())
+    assert {row[0] for row_id, row in before.items() if row_id in after} == {"a.mp4"}
+    assert {row[0] for row_id, row in after.items() if row_id not in before} == {"b.mp4"}
+
+
+@pytest.mark.parametrize("kind", ["extract", "synthesize", "build-bank"])
+def test_ids_are_names_that_any_storage_can_hold(local_job, kind):
+    assert all(len(row_id) == 24 and int(row_id, 16) >= 0 for row_id in ids(replace(local_job, kind=kind)))
+
+
+@pytest.fixture(scope="module")
+def shared_job(tmp_path_factory) -> Job:
+    folder = tmp_path_factory.mktemp("plan")
+    references = put(Store(str(folder / "refs")), {"a.mp4": b"first"})
+    return _job(references, str(folder / "out"))
+
+
+PROMPTS = st.lists(st.text(min_size=1), min_size=1, max_size=5, unique=True)
+SEEDS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5, unique=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(prompts=PROMPTS, seeds=SEEDS)
+def test_distinct_prompts_and_seeds_have_distinct_ids_which_are_the_same_at_every_planning(shared_job, prompts, seeds):
+    def found(prompts: list[str], seeds: list[int]) -> dict[tuple, str]:
+        rows = plan(replace(shared_job, prompts=tuple(prompts), seeds=tuple(seeds))).todo
+        return {(row.prompt, row.seed): row.row_id for row in rows}
+
+    first = found(prompts, seeds)
+    assert first.keys() == {*product(prompts, seeds)}
+    assert len({*first.values()}) == len(first)
+    assert found(prompts[::-1], seeds[::-1]) == first
+    assert found(prompts[:1], seeds[:1]) == {(prompts[0], seeds[0]): first[prompts[0], seeds[0]]}
+
+
+def test_a_work_row_comes_back_whole_from_the_column_of_a_dataset(local_job, tmp_path):
+    banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
+    for rows in (plan(local_job).todo, plan(replace(local_job, kind="reuse", banks=Banks(banks))).todo):
+        assert [WorkRow.from_json(row.to_json()) for row in rows] == rows
+
+
+# ---------------------------------------------------------------------------------------------------- motion ids
+
+
+def test_all_rows_of_a_reference_share_one_motion_and_no_two_references_do(local_job):
+    by_reference: dict[str, set] = {}
+    for row in plan(local_job).todo:
+        by_reference.setdefault(row.reference.uri, set()).add(row.motion_id)
+    assert [len(found) for found in by_reference.values()] == [1, 1]
+    assert len(motion_ids(local_job)) == 2
+
+
+EXTRACTION = (
+    "blocks",
+    "loss_entries",
+    "injection",
+    "method",
+    "dtype",
+    "frames",
+    "height",
+    "width",
+    "start",
+    "stride",
+    "fit",
+)
+
+
+@pytest.mark.parametrize("name", EXTRACTION)
+def test_what_decides_the_extraction_changes_every_motion(local_job, name):
+    assert motion_ids(MATTERS[name](local_job)).isdisjoint(motion_ids(local_job))
+
+
+@pytest.mark.parametrize("name", sorted(set(MATTERS) - {*EXTRACTION}))
+def test_what_decides_the_generation_alone_changes_no_motion(local_job, name):
+    assert motion_ids(MATTERS[name](local_job)) == motion_ids(local_job)
+
+
+def test_an_extraction_job_extracts_the_motion_that_a_synthesis_uses(local_job):
+    assert motion_ids(replace(local_job, kind="extract")) == motion_ids(local_job)
+
+
+# -------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_the_same_content_under_two_names_is_made_once_and_counted_as_a_duplicate(local_job):
+    (folder_of(local_job) / "copy of a.mp4").write_bytes(b"first")
+    planned = plan(local_job)
+    assert (planned.total, planned.duplicates) == (8, 4)
+    assert len({row.row_id for row in planned.todo}) == 8
+
+
+def test_a_repeated_prompt_or_seed_is_made_once(local_job):
+    planned = plan(replace(local_job, prompts=("a ball", "a ball"), seeds=(1, 1)))
+    assert (planned.total, planned.duplicates) == (2, 6)
+
+
+def test_one_missing_file_among_several_is_a_row_that_will_fail(local_job):
+    uris = (f"{local_job.references.uri}/a.mp4", f"{local_job.references.uri}/gone.mp4")
+    rows = plan(replace(local_job, references=replace(local_job.references, uri=uris), seeds=(1,))).todo
+    found = {row.reference.uri.rsplit("/", 1)[-1]: row.reference.sha256 for row in rows}
+    assert found == {"a.mp4": sha256_of(uris[0]), "gone.mp4": None}
+    assert len(rows) == 4
+
+
+def test_two_missing_files_are_two_rows(local_job):
+    uris = tuple(f"{local_job.references.uri}/{name}.mp4" for name in ("gone", "lost"))
+    assert plan(replace(local_job, references=replace(local_job.references, uri=uris))).total == 8
+
+
+def test_a_missing_file_in_a_pairing_is_a_row_that_will_fail(local_job, local_store):
+    pairs = write_table(local_store, "pairs.csv", {"reference": ["a.mp4", "gone.mp4"], "prompt": ["x", "y"]})
+    rows = plan(replace(local_job, pairing=Table(pairs), seeds=(1,))).todo
+    assert [row.reference.sha256 is None for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("end", ["gone.mp4", "none/*.mp4", "*.mov"])
+def test_a_single_uri_that_names_nothing_is_refused(local_job, end):
+    uri = f"{local_job.references.uri}/{end}"
+    with pytest.raises(StoreMissingError, match="no file matches"):
+        plan(replace(local_job, references=replace(local_job.references, uri=uri)))
+
+
+@pytest.mark.parametrize(("kind", "key"), [("synthesize", "references"), ("reuse", "banks"), ("extract", "references")])
+def test_a_job_without_inputs_is_told_which_key_is_missing(local_job, kind, key):
+    with pytest.raises(PlanError, match=rf"^{key}\.uri: nothing is given"):
+        plan(replace(local_job, kind=kind, references=References()))
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files whose content was read for its hash."""
+    read: list[str] = []
+
+    def counted(uri: str, *rest: Any) -> str:
+        read.append(uri.rsplit("/", 1)[-1])
+        return sha256_of(uri, *rest)
+
+    monkeypatch.setattr(pipeline.plan, "sha256_of", counted)
+    return read
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(job, hashed):
+    first = ids(job)
+    assert sorted(hashed) == ["a.mp4", "b.mp4"]
+    hashed.clear()
+    assert ids(job) == first
+    assert hashed == []
+    Store(job.references.uri).put("b.mp4", b"second, cut anew")
+    assert ids(job) != first
+    assert hashed == ["b.mp4"]
+
+
+def test_a_file_that_comes_later_is_read_and_the_others_are_not(local_job, hashed):
+    plan(local_job)
+    hashed.clear()
+    (folder_of(local_job) / "c.mp4").write_bytes(b"third")
+    assert plan(local_job).total == 12
+    assert hashed == ["c.mp4"]
+
+
+def test_the_hashes_are_remembered_beside_the_outputs_and_not_rewritten_in_vain(local_job):
+    plan(local_job)
+    memory = Path(local_job.output.uri.removeprefix("file://")) / "inputs.json"
+    hashes = {uri.rsplit("/", 1)[-1]: sha256 for uri, (_, sha256) in json.loads(memory.read_bytes()).items()}
+    assert hashes == {name: sha256_of(str(folder_of(local_job) / name)) for name in ("a.mp4", "b.mp4")}
+    written = memory.stat().st_mtime_ns
+    plan(local_job)
+    assert memory.stat().st_mtime_ns == written
+
+
+def test_planning_writes_nothing_but_the_hashes(job):
+    plan(job)
+    assert Store(job.output.uri).list() == ["inputs.json"]
+
+
+# ------------------------------------------------------------------------------------------- what is left to do
+
+
+def commit(job: Job, row_id: str, status: str) -> None:
+    fault = {"error_kind": "permanent", "error_class": "ValueError", "error_message": "no"}
+    output = {"output_uri": f"{job.output.uri}/videos/{row_id}.mp4", "output_sha256": "0", "output_bytes": 1}
+    Manifest(Store(job.output.uri)).commit(
+        make_row(row_id=row_id, status=status, **(output if status == "ok" else fault))
+    )
+
+
+@pytest.fixture
+def ended(job: Job) -> dict[str, str]:
+    """Rows that have ended, by their status."""
+    statuses = ("ok", "failed", "quarantined")
+    rows = dict(zip(statuses, ids(job), strict=False))
+    for status, row_id in rows.items():
+        commit(job, row_id, status)
+    return rows
+
+
+def test_a_row_that_has_ended_is_not_done_again(job, ended):
+    planned = plan(job)
+    assert (planned.total, len(planned.todo)) == (8, 5)
+    assert {row.row_id for row in planned.todo}.isdisjoint(ended.values())
+    assert planned.statuses == {row_id: status for status, row_id in ended.items()}
+    assert planned.counts == {"todo": 5, "ok": 1, "failed": 1, "quarantined": 1}
+    assert planned.retried == []
+
+
+@pytest.mark.parametrize("retry", [("failed",), ("quarantined",), ("failed", "quarantined")])
+def test_a_retry_does_the_rows_with_these_statuses_again_and_lists_them(job, ended, retry):
+    planned = plan(job, retry=retry)
+    again = [ended[status] for status in retry]
+    assert sorted(planned.retried) == sorted(again)
+    assert set(again) < {row.row_id for row in planned.todo}
+    assert set(planned.statuses.values()) == {*ended} - {*retry}
+    assert planned.total == 8
+
+
+def test_rows_of_other_jobs_in_the_same_manifest_are_not_counted(local_job):
+    commit(local_job, "of-another-job", "ok")
+    assert plan(local_job).counts == {"todo": 8}
+
+
+def test_when_all_rows_have_ended_nothing_is_left(local_job):
+    for row_id in ids(local_job):
+        commit(local_job, row_id, "ok")
+    assert (plan(local_job).todo, plan(local_job).counts) == ([], {"todo": 0, "ok": 8})
+
+
+def test_a_changed_setting_leaves_all_rows_to_do_and_the_way_back_none(local_job):
+    for row_id in ids(local_job):
+        commit(local_job, row_id, "ok")
+    assert len(plan(MATTERS["steps"](local_job)).todo) == 8
+    assert plan(local_job).todo == []
+
+
+def test_credentials_in_the_storage_options_are_refused_before_anything_is_read(local_job, hashed):
+    with pytest.raises(StoreError, match="credentials"):
+        plan(replace(local_job, storage_options={"key": "AKIA", "secret": "hidden"}))
+    assert hashed == []
