@@ -303,25 +303,28 @@ class CogVideoX:
     # ------------------------------------------------------------------ memory
 
     def _must_checkpoint(self, hooks: _PassHooks) -> bool:
-        if self.execution.checkpointing != "auto":
-            return self.execution.checkpointing == "on"
+        """Decide `auto` at the first optimisation pass, and for good: the decision is recorded in `execution`."""
+        if self.execution.checkpointing == "auto":
+            decision: Literal["on", "off"] = "off" if self._activations_fit(hooks) else "on"
+            self.execution = replace(self.execution, checkpointing=decision)
+        return self.execution.checkpointing == "on"
+
+    def _activations_fit(self, hooks: _PassHooks) -> bool:
+        """Whether the activations of every block up to the captured one leave a fifth of the free memory alone."""
         if self.device.type != "cuda":
-            return False
+            return True
         tokens = next(iter(hooks.position.values())).shape[0] + self.transformer.config.max_text_seq_length
         inner = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
-        return per_block * ((hooks.stop_at or 0) + 1) > 0.8 * _free_memory(self.device)
+        return per_block * ((hooks.stop_at or 0) + 1) < 0.8 * _free_memory(self.device)
 
     def _settle_execution(self, asked: ExecutionSettings) -> ExecutionSettings:
         """Decide every `auto` that is one decision for the model's whole life, and apply it."""
         roomy = self.device.type != "cuda" or _free_memory(self.device) > self._decoder_bytes()
         tiling = ("off" if roomy else "on") if asked.vae_tiling == "auto" else asked.vae_tiling
         cfg = ("batched" if roomy else "serial") if asked.cfg == "auto" else asked.cfg
-        checkpointing = asked.checkpointing
-        if checkpointing == "auto" and self.device.type != "cuda":
-            checkpointing = "off"
         self.vae.enable_tiling() if tiling == "on" else self.vae.disable_tiling()
-        return replace(asked, vae_tiling=tiling, cfg=cfg, checkpointing=checkpointing)
+        return replace(asked, vae_tiling=tiling, cfg=cfg)
 
     def _decoder_bytes(self) -> int:
         config = self.transformer.config

@@ -33,6 +33,7 @@ class FinishRow:
 
     def __init__(self, job: Job, model_revision: str):
         self._job, self._revision = job, model_revision
+        self._settings: dict[str, Any] = {"method": job.method, "sampling": job.sampling}
         self._desk = Desk(job)
         self._worker = None if job.kind == "extract" else Worker(job, model_revision)
         self._motion = lru_cache(maxsize=2)(self._read_motion)
@@ -86,9 +87,8 @@ class FinishRow:
             work.prompt,
             reference=reference,
             size=size,
-            method=self._job.method,
-            sampling=self._job.sampling,
             seed=work.seed,
+            **self._settings,
         )
         assert result.video is not None
         encoding = time.perf_counter()
@@ -108,9 +108,8 @@ class FinishRow:
             work.prompt,
             reference=reference,
             size=size,
-            method=self._job.method,
-            sampling=self._job.sampling,
             seed=work.seed,
+            **self._settings,
         )
         assert result.bank is not None and work.reference is not None
         provenance = {
