@@ -93,6 +93,7 @@ def read_video(
     stride: int = 1,
     fit: Literal["crop", "stretch"] = "crop",
     max_pixels_per_frame: int = MAX_PIXELS_PER_FRAME,
+    name: str | None = None,
 ) -> Clip:
     """Return frames start, start + stride, ... of a video, `frames` many, as uint8 [frames, height, width, 3] RGB.
 
@@ -103,15 +104,15 @@ def read_video(
     dropped; HDR is not tone-mapped. Damage is an error where the decoder notices it: headers, missing data, broken
     syntax. Changed bytes inside a picture can decode to plausible wrong pixels, since most codecs carry no checksum.
 
-    `source` is a local path (never a URL) or the file's bytes. Only one unscaled picture is held at a time, and
-    decoding stops with the last wanted frame.
+    `source` is a local path (never a URL), or the file's bytes, which errors then call `name`. Only one unscaled
+    picture is held at a time, and decoding stops with the last wanted frame.
 
     Raises UndecodableVideoError (no video in it), CorruptVideoError (damaged before the last wanted frame),
     TooShortVideoError, OversizedVideoError (above `max_pixels_per_frame`), VideoError (a request that makes no
     sense), and OSError if the file cannot be opened.
     """
     _check_request(frames, height, width, start, stride, fit)
-    with _opened(source, max_pixels_per_frame) as video:
+    with _opened(source, max_pixels_per_frame, name) as video:
         wanted = islice(video.decode(), start, start + (frames - 1) * stride + 1, stride)
         pictures = [_fitted(video, frame, height, width, fit) for frame in wanted]
         if len(pictures) < frames:
@@ -204,6 +205,8 @@ class _Video:
                 for frame in self._decode_packet(packet):
                     self.decoded += 1
                     yield frame
+        except VideoError:  # a ValueError too, and said already
+            raise
         except _FILE_ERRORS as error:
             _let_pass_if_storage_failed(error)
             self._raise_damaged(str(error), error)
@@ -253,8 +256,8 @@ def _let_pass_if_storage_failed(error: Exception) -> None:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[_Video]:
-    name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
+def _opened(source: str | Path | bytes, max_pixels: int, name: str | None = None) -> Iterator[_Video]:
+    name = name or (f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source))
     # Opened by us and not by FFmpeg: a path can then never be taken for a URL, a device or a numbered sequence.
     with _file(source) as file, _container(name, file) as container:
         yield _Video(name, container, max_pixels)

@@ -28,7 +28,8 @@ class RowProgress:
     """A progress bar over a job's rows: rows done, loss of the newest, rows per hour, time left."""
 
     def __init__(self, name: str, rows: int, screen: Console):
-        self._rows, self._done, self._failed = rows, 0, 0
+        self._rows, self._done = rows, 0
+        self._newest_loss = ""
         self._started = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -52,8 +53,9 @@ class RowProgress:
         self._done += 1
         per_hour = self._done / (time.monotonic() - self._started) * 3600
         left = (self._rows - self._done) / per_hour * 3600
-        loss = f", loss {row['loss_final']:.4f}" if row["loss_final"] is not None else ""
-        facts = f"{loss.removeprefix(', ')}{', ' if loss else ''}{per_hour:.0f} rows/h, {_duration(left)} left"
+        if row["loss_final"] is not None:
+            self._newest_loss = f"loss {row['loss_final']:.4f}, "
+        facts = f"{self._newest_loss}{per_hour:.0f} rows/h, {_duration(left)} left"
         self._progress.update(self._task, advance=1, facts=facts)
         if row["status"] != "ok":
             self._progress.console.print(f"{row['status']} {row['row_id']}: {row['error_message']}", markup=False)
@@ -119,7 +121,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
     table = Table(box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
         # The first column is an id, which people copy.
-        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=24 if number == 0 else None)
+        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=24 if number == 0 else len(column))
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
     width = None if sys.stdout.isatty() else _FILE_WIDTH

@@ -151,7 +151,9 @@ def _showing_steps(screen: Console, method: str, steps: int | None) -> Iterator[
         task = progress.add_task("", total=steps, loss="")
 
         def on_step(record: StepRecord) -> None:
-            progress.update(task, advance=1, loss=f"loss {record.losses[-1]:.4f}" if record.losses else "")
+            progress.advance(task)
+            if record.losses:
+                progress.update(task, loss=f"loss {record.losses[-1]:.4f}")
 
         yield on_step
 

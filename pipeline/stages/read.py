@@ -65,6 +65,7 @@ def _read_clip(work: WorkRow, job: Job) -> Clip:
         start=settings.start,
         stride=settings.stride,
         fit=settings.fit,
+        name=work.reference.uri,
     )
 
 

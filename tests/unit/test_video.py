@@ -532,3 +532,21 @@ def test_writing_replaces_the_file_in_one_move_and_leaves_nothing_else(tmp_path,
         write_video(path, counting(8), 10)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_an_error_of_bytes_names_what_the_caller_calls_them():
+    with pytest.raises(UndecodableVideoError, match=r"^s3://bucket/a\.mp4: "):
+        read_video(b"no video", frames=2, height=8, width=8, name="s3://bucket/a.mp4")
+
+
+def test_frames_that_grow_beyond_the_limit_are_oversized_not_damaged(monkeypatch):
+    data = encode_video(np.zeros((3, 64, 64, 3), np.uint8), fps=8.0)
+    sizes = iter([False, True])
+
+    def check(self, sized):
+        if next(sizes, True):
+            raise OversizedVideoError("too large")
+
+    monkeypatch.setattr("ditflow.video._Video._check_size", check)
+    with pytest.raises(OversizedVideoError, match="^too large$"):
+        read_video(data, frames=3, height=8, width=8)
