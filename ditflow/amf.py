@@ -3,19 +3,18 @@
 Axis letters: F frames, P patches of a frame, S = F*P tokens, D = heads * head size.
 
 The mean over heads of Q_h K_h^T / sqrt(d) equals concat(Q) concat(K)^T / (H sqrt(d)): one product over D. The
-softmax runs over the P patches of one key frame at a time, so no more than S x P numbers are ever kept, and the
-backward pass computes them again.
+softmax runs over the P patches of one key frame at a time, so no more than S x P numbers are ever kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8, Shaped
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ditflow.types import QueriesKeys, TokenGrid
 
@@ -41,14 +40,46 @@ def soft_displacement(
 ) -> Float[Tensor, "frames frames patches 2"]:
     """Expected displacement under the softmax of the logits times `temperature`; differentiable.
 
-    Same layout and unit as `hard_displacement`. Gradients reach the queries and keys.
+    Same layout and unit as `hard_displacement`. The backward pass computes the attention again. To optimise the
+    squared error against a target, use `displacement_error`.
     """
+    query, key, coordinates, scale = _prepared(attention, grid, temperature)
+
+    def expected(frame_key: Tensor, tokens: Tensor) -> Tensor:
+        return (tokens @ frame_key.T).mul(scale).softmax(dim=-1) @ coordinates
+
+    by_key_frame = [
+        checkpoint(expected, frame_key, query, use_reentrant=False, preserve_rng_state=False)
+        for frame_key in key.split(grid.patches)
+    ]
+    return _relative(torch.stack(by_key_frame), grid)
+
+
+def displacement_error(
+    attention: QueriesKeys,
+    grid: TokenGrid,
+    temperature: float,
+    target: Shaped[Tensor, "frames frames patches 2"],
+    chosen: Bool[Tensor, "frames frames patches 2"],
+) -> Float[Tensor, ""]:
+    """Mean squared difference between `soft_displacement` and `target` over the `chosen` entries, in patches squared.
+
+    The gradients are made on the way: the error of a key frame is known as soon as its attention is, so nothing is
+    computed again in the backward pass.
+    """
+    query, key, coordinates, scale = _prepared(attention, grid, temperature)
+    matches = (target + coordinates).transpose(0, 1).flatten(1, 2)
+    weights = (chosen.to(query.dtype) / chosen.sum()).transpose(0, 1).flatten(1, 2)
+    return _MatchError.apply(query, key, coordinates, matches, weights, scale)
+
+
+def _prepared(attention: QueriesKeys, grid: TokenGrid, temperature: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Queries and keys in fp32 or better, patch coordinates, and the scale of the logits."""
     query, key = _wide(attention.query), _wide(attention.key)
     grid.check_tokens(query.shape[0])
     head_dim = query.shape[1] // attention.heads
     scale = temperature / (attention.heads * math.sqrt(head_dim))
-    coordinates = grid.coordinates(query.device).to(query.dtype)
-    return _relative(_ExpectedCoordinates.apply(query, key, coordinates, scale), grid)
+    return query, key, grid.coordinates(query.device).to(query.dtype), scale
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -61,38 +92,36 @@ def _relative(matches: Float[Tensor, "frames tokens 2"], grid: TokenGrid) -> Ten
     return by_frames - grid.coordinates(matches.device).to(matches.dtype)
 
 
-class _ExpectedCoordinates(torch.autograd.Function):
-    """Softmax attention whose values are coordinates, one key frame at a time: [F, S, 2].
+class _MatchError(torch.autograd.Function):
+    """Weighted squared error of attention's expected coordinates, and its gradients, in one sweep over key frames.
 
-    With p = softmax(logits) and output o = p c, the gradient of logit (s, t) under an upstream gradient g is
-    p[s, t] * (g[s] . c[t] - g[s] . o[s]).
+    With a = softmax(logits), expected coordinates e = a c, target m and weights w, the error is the sum of
+    w (e - m)^2. With g = w (e - m), the gradient of logit (s, t) is 2 a[s, t] (g[s] . c[t] - g[s] . e[s]).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, coordinates: Tensor, scale: float) -> Tensor:
-        expected = [weights @ coordinates for _, weights in _attention(query, key, len(coordinates), scale)]
-        output = torch.stack(expected)
-        ctx.save_for_backward(query, key, coordinates, output)
-        ctx.scale = scale
-        return output
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, coordinates: Tensor, matches: Tensor, weights: Tensor, scale: float
+    ) -> Tensor:
+        differentiable = any(ctx.needs_input_grad)
+        error = query.new_zeros(())
+        query_gradient, key_gradient = torch.zeros_like(query), torch.empty_like(key)
+        key_frames = zip(key.split(len(coordinates)), key_gradient.split(len(coordinates)), strict=True)
+        for frame, (frame_key, frame_gradient) in enumerate(key_frames):
+            attention = (query @ frame_key.T).mul_(scale).softmax(dim=-1)
+            expected = attention @ coordinates
+            difference = expected - matches[frame]
+            upstream = weights[frame] * difference
+            error += (upstream * difference).sum()
+            if differentiable:
+                centred = (upstream @ coordinates.T).sub_((upstream * expected).sum(dim=-1, keepdim=True))
+                logit_gradient = attention.mul_(centred)
+                query_gradient.addmm_(logit_gradient, frame_key, alpha=2 * scale)
+                torch.mm(logit_gradient.T, query, out=frame_gradient).mul_(2 * scale)
+        ctx.save_for_backward(query_gradient, key_gradient)
+        return error
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        query, key, coordinates, output = ctx.saved_tensors
-        gradient = gradients[0]
-        query_gradient, key_gradient = torch.zeros_like(query), torch.empty_like(key)
-        key_frames = key_gradient.split(len(coordinates))
-        for frame, (frame_key, weights) in enumerate(_attention(query, key, len(coordinates), ctx.scale)):
-            upstream = gradient[frame]
-            centred = upstream @ coordinates.T
-            centred -= (upstream * output[frame]).sum(dim=-1, keepdim=True)
-            logit_gradient = weights.mul_(centred)
-            query_gradient.addmm_(logit_gradient, frame_key, alpha=ctx.scale)
-            torch.mm(logit_gradient.T, query, out=key_frames[frame]).mul_(ctx.scale)
-        return query_gradient, key_gradient, None, None
-
-
-def _attention(query: Tensor, key: Tensor, patches: int, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every key frame: its keys [P, D] and the attention of all tokens to them [S, P]."""
-    for frame_key in key.split(patches):
-        yield frame_key, (query @ frame_key.T).mul_(scale).softmax(dim=-1)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query_gradient, key_gradient = ctx.saved_tensors
+        return query_gradient * gradients[0], key_gradient * gradients[0], None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,9 +46,8 @@ class AttentionMotionFlowLoss:
         """Return the mean squared difference over the chosen entries."""
         self._check_moves(payload["displacement"])
         target = payload["displacement"].to(capture.query.device)
-        generated = amf.soft_displacement(capture, grid, self.temperature)
-        squared = (generated - target).square()
-        return squared.mean() if self.entries == "all" else squared[target != 0].mean()
+        chosen = torch.ones_like(target, dtype=torch.bool) if self.entries == "all" else target != 0
+        return amf.displacement_error(capture, grid, self.temperature, target, chosen)
 
     def _check_moves(self, displacement: Tensor) -> None:
         """Raise StaticReferenceError if there is no entry to compare: their mean would be NaN."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ditflow.amf import hard_displacement, soft_displacement
+from ditflow.amf import displacement_error, hard_displacement, soft_displacement
 from ditflow.types import QueriesKeys, TokenGrid, TokenGridError
 
 GRID = TokenGrid(frames=3, height=4, width=5)
@@ -116,21 +116,56 @@ def test_half_precision_is_computed_in_fp32():
     assert torch.equal(hard_displacement(attention, GRID), hard_displacement(wide, GRID))
 
 
-def test_no_tensor_of_tokens_times_tokens_is_ever_made():
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_error_and_its_gradients_equal_the_plain_form_to_1e_12(share):
+    attention = random_attention()
+    query, key = attention.query.requires_grad_(), attention.key.requires_grad_()
+    target = torch.randint(-3, 4, (GRID.frames, GRID.frames, GRID.patches, 2), dtype=torch.int8)
+    chosen = torch.rand(target.shape) < share
+    error = displacement_error(attention, GRID, 2.0, target, chosen)
+    plain = (plain_soft_displacement(attention, GRID, 2.0) - target).square()[chosen].mean()
+    torch.testing.assert_close(error, plain, rtol=1e-12, atol=1e-12)
+    # A factor in front: the upstream gradient must be used.
+    ours, expected = (torch.autograd.grad(3 * value, (query, key)) for value in (error, plain))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_the_error_without_gradient_is_the_same_number():
+    attention = random_attention()
+    target = torch.ones(GRID.frames, GRID.frames, GRID.patches, 2)
+    with torch.no_grad():
+        error = displacement_error(attention, GRID, 2.0, target, target != 0)
+    torch.testing.assert_close(error, (plain_soft_displacement(attention, GRID, 2.0) - 1).square().mean())
+
+
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Numbers of elements of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, tuple | list) else [out]
+        self.seen.extend(tensor.numel() for tensor in outputs if torch.is_tensor(tensor))
+        return out
+
+
+@pytest.mark.parametrize("form", ["displacement", "error"])
+def test_no_tensor_of_tokens_times_tokens_is_ever_made(form):
     grid = TokenGrid(4, 4, 4)
     attention = random_attention(grid, torch.float32)
     query, key = attention.query.requires_grad_(), attention.key.requires_grad_()
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(t))
-            return out
-
-    with Sizes():
-        torch.autograd.grad(soft_displacement(attention, grid, 2.0).sum(), (query, key))
-    assert max(sizes) == grid.tokens * grid.patches
+    target = torch.ones(grid.frames, grid.frames, grid.patches, 2)
+    with Sizes() as sizes:
+        if form == "error":
+            value = displacement_error(attention, grid, 2.0, target, target != 0)
+        else:
+            value = soft_displacement(attention, grid, 2.0).sum()
+        torch.autograd.grad(value, (query, key))
+    assert max(sizes.seen) == grid.tokens * grid.patches
 
 
 def test_text_tokens_left_in_are_refused_with_the_likely_cause():
