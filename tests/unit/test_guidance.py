@@ -465,7 +465,7 @@ def test_a_motionless_reference_that_was_taken_for_all_entries_is_refused_not_na
             backbone,
             initial_latents=inputs.initial,
             prompt_embeds=inputs.prompt,
-            negative_prompt_embeds=None,
+            negative_prompt_embeds=inputs.prompt,
             reference=reference,
             method=method_of(injection=False, loss_entries="nonzero").resolve(backbone.defaults),
             sampling=SAMPLING.resolve(backbone.defaults),
