@@ -67,6 +67,10 @@ def transfer(
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
     if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
         raise ValueError("--save-bank needs --optimize position, and no --bank: nothing else learns positions")
+    if plot is not None and (isinstance(reference, MotionBank) or method.loss is None):
+        raise ValueError(
+            "--plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
+        )
     _check_folders(output, save_bank, plot)
     if isinstance(reference, MotionBank):
         method, sampling = _as_learned(reference, method, sampling)

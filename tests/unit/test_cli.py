@@ -654,3 +654,10 @@ def test_a_command_that_is_none_is_a_usage_error_with_status_2(arguments):
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
     assert result.stdout == ""
+
+
+def test_a_loss_curve_of_a_method_without_losses_is_refused_before_the_work(clips, tmp_path):
+    result = ditflow("transfer", clips[0], PROMPT, "--method", "none", "--plot", tmp_path / "loss.png", status=2)
+    assert errors_of(result) == [
+        "error: --plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
+    ]

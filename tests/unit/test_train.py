@@ -241,6 +241,19 @@ def test_latents_are_encoded_once_and_found_again(tmp_path, monkeypatch):
     torch.testing.assert_close(latents.take([3]), third, rtol=1e-2, atol=1e-2)
 
 
+def test_latents_of_another_encoder_are_refused_and_a_new_decoder_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CLIPS_PER_FILE", 1)
+    vae = build_pipeline(rotary=True, layers=1).vae
+    run = train.Run(tmp_path, CPU, torch.float32, clips=1)
+    train.encode_world(vae, run)
+    with torch.no_grad():
+        vae.decoder.conv_in.conv.bias.add_(1)
+        train.encode_world(vae, run)
+        vae.encoder.conv_in.conv.bias.add_(1)
+    with pytest.raises(ValueError, match="another encoder"):
+        train.encode_world(vae, run)
+
+
 def test_an_exported_folder_is_a_backbone_with_its_own_defaults(denoiser, tmp_path):
     folder = train.export(denoiser.pipeline, tmp_path / "mini")
     backbone = load(str(folder))
