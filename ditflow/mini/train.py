@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -400,9 +401,13 @@ class LatentClips:
 
 
 def encode_world(vae: AutoencoderKLCogVideoX, run: Run) -> LatentClips | None:
-    """Encode the run's training clips, file by file, and keep what is there already; None when time runs out."""
+    """Encode the run's training clips, file by file, and keep what is there already; None when time runs out.
+
+    Raises ValueError when what is there was made by another encoder.
+    """
     folder = run.out / "latents"
     folder.mkdir(exist_ok=True)
+    _check_encoder(vae, folder)
     files = [folder / f"{index:04d}.npy" for index in range(-(-run.clips // _CLIPS_PER_FILE))]
     for index, file in enumerate(files):
         if file.is_file():
@@ -416,6 +421,19 @@ def encode_world(vae: AutoencoderKLCogVideoX, run: Run) -> LatentClips | None:
             np.save(stream, latents.half().cpu().numpy())
         say(f"latents {index + 1}/{len(files)}")
     return LatentClips([np.load(file, mmap_mode="r") for file in files])
+
+
+def _check_encoder(vae: AutoencoderKLCogVideoX, folder: Path) -> None:
+    """Note in a new folder which encoder fills it; refuse a folder that another one has begun."""
+    digest = hashlib.sha256(str(vae.config.scaling_factor).encode())
+    for weight in vae.encoder.state_dict().values():
+        digest.update(weight.float().cpu().numpy().tobytes())
+    note = folder / "encoder.txt"
+    if not note.is_file():
+        with _replacing(note) as temporary:
+            temporary.write_text(digest.hexdigest())
+    if note.read_text() != digest.hexdigest():
+        raise ValueError(f"{folder} holds latents of another encoder: the autoencoder was trained anew. Remove it.")
 
 
 @torch.no_grad()
