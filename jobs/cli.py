@@ -42,6 +42,8 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key
 ModelOption = Annotated[str, typer.Option(help="mini, mini-additive, a diffusers folder, or a hub id.")]
 FramesOption = Annotated[int | None, typer.Option(help="Frames (default: the model's training size, or the bank's).")]
 HeightOption = Annotated[int | None, typer.Option(help="Height in pixels.")]
+StartOption = Annotated[int, typer.Option(help="First frame used.")]
+StrideOption = Annotated[int, typer.Option(help="Every how many frames one is used.")]
 WidthOption = Annotated[int | None, typer.Option(help="Width in pixels.")]
 StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as JSON, such as an endpoint_url.")]
 
@@ -105,8 +107,8 @@ def transfer(
     frames: FramesOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
-    start: Annotated[int, typer.Option(help="First frame used.")] = 0,
-    stride: Annotated[int, typer.Option(help="Every how many frames one is used.")] = 1,
+    start: StartOption = 0,
+    stride: StrideOption = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (default: the model's).")] = None,
     guided_steps: Annotated[int | None, typer.Option(help="Guided steps (default: the model's).")] = None,
     injection: Annotated[bool, typer.Option(help="Inject the reference's keys and values.")] = True,
@@ -162,8 +164,8 @@ def extract(
     frames: FramesOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
-    start: Annotated[int, typer.Option(help="First frame used.")] = 0,
-    stride: Annotated[int, typer.Option(help="Every how many frames one is used.")] = 1,
+    start: StartOption = 0,
+    stride: StrideOption = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Extract the attention motion flow of a video, and draw it.
@@ -260,7 +262,7 @@ def _run_rows(spec: ReadySpec, planned: Any, as_json: bool) -> int:
     screen.print(
         f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
     )
-    return tally.failed + tally.quarantined
+    return tally.not_ok
 
 
 def _planned(path: Path, overrides: list[str] | None, retry: tuple[str, ...]) -> tuple[ReadySpec, Any]:

@@ -21,7 +21,7 @@ from pipeline.stages.read import Row
 from pipeline.store import Store
 
 RUN_KEY = "run.json"
-"""What the latest run set out to do: rows planned in all, rows to do, and when (seconds since 1970)."""
+"""What the latest run set out to do: rows planned in all, and when (seconds since 1970)."""
 
 _LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
@@ -33,6 +33,11 @@ class Tally:
     ok: int = 0
     failed: int = 0
     quarantined: int = 0
+
+    @property
+    def not_ok(self) -> int:
+        """Rows that failed or were quarantined."""
+        return self.failed + self.quarantined
 
     def count(self, status: str) -> None:
         """Count one more row."""
@@ -79,15 +84,15 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
         return tally
     store = Store(job.output.uri, job.storage_options)
     store.put("job.yaml", spec_yaml.encode())
-    store.put(RUN_KEY, json.dumps({"planned": plan.total, "started_at": time.time(), "todo": len(plan.todo)}).encode())
+    store.put(RUN_KEY, json.dumps({"planned": plan.total, "started_at": time.time()}).encode())
     Manifest(store).forget(plan.retried)
     connect()
     for row in finished_rows(_with_threads(job), plan.todo, model_revision):
         tally.count(row["status"])
         on_row(row)
-        if tally.failed + tally.quarantined > job.faults.max_failed_fraction * plan.total:
+        if tally.not_ok > job.faults.max_failed_fraction * plan.total:
             raise TooManyFailuresError(
-                f"{tally.failed + tally.quarantined} of {plan.total} rows failed, more than faults.max_failed_fraction "
+                f"{tally.not_ok} of {plan.total} rows failed, more than faults.max_failed_fraction "
                 f"({job.faults.max_failed_fraction:g}) allows. The last one: {row['error_message']}"
             )
     return tally
