@@ -37,11 +37,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditflow.amf import hard_displacement
 from ditflow.backbones import load
 from ditflow.backbones.base import Backbone
 from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
-from ditflow.mini.world import WorldClip, prompt_of, render, sample_scene
+from ditflow.mini.measure import block_scores
+from ditflow.mini.world import prompt_of, render, sample_scene
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 
@@ -610,29 +610,12 @@ def picture_samples(folder: Path, file: Path, clips: int = 8, steps: int = 25) -
 
 
 def motion_errors(backbone: Backbone, seeds: Sequence[int]) -> list[float]:
-    """Return for every block the mean end-point error of its motion flow on the sprites of held-out clips.
+    """Return for every block the mean end-point error of its motion flow on the sprites of held-out clips, in patches.
 
-    In patches, over ordered pairs of different frames and points that stay visible. Zero flow scores about 3.
+    Zero flow scores about 3.
     """
-    clips = [render(sample_scene(seed, "eval")) for seed in seeds]
-    errors = torch.stack([_motion_errors(backbone, clip) for clip in clips])
-    return (errors[:, 0].sum(0) / errors[:, 1].sum(0)).tolist()
-
-
-def _motion_errors(backbone: Backbone, clip: WorldClip) -> Tensor:
-    """Return for every block the sum and the number of a clip's end-point errors: [2, blocks]."""
-    latents = backbone.encode_video(clip.frames)
-    grid = backbone.grid(latents)
-    truth = clip.displacement(grid.frames, grid.height, grid.width)
-    counted = torch.from_numpy(truth.visible & (truth.owner >= 0)[:, None])
-    counted &= ~torch.eye(grid.frames, dtype=torch.bool)[:, :, None]
-    blocks = range(backbone.geometry.blocks)
-    with torch.no_grad():
-        position, words = backbone.default_position(grid), backbone.encode_prompt("")
-        captured = backbone.capture(latents, 0, words, blocks, position)
-    true = torch.from_numpy(truth.displacement)
-    errors = [(hard_displacement(captured[block], grid).cpu() - true).norm(dim=-1)[counted] for block in blocks]
-    return torch.stack([torch.stack([error.sum() for error in errors]), counted.sum().expand(len(errors))])
+    scores = [block_scores(backbone, render(sample_scene(seed, "eval"))) for seed in seeds]
+    return np.nanmean([[score.sprite_error for score in blocks] for blocks in scores], axis=0).tolist()
 
 
 # ---- the command
