@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +60,49 @@ def plot_flow(
     displacement = _checked_displacement(displacement, grid)
     _check_frames("frames", frames)
     pairs = [[(i, i + 1) for i in range(grid[0] - 1)], [(0, j) for j in range(1, grid[0])]]
-    drawn = np.stack([displacement[i, j] for row in pairs for i, j in row])
-    largest, step = max(1.0, float(_length(drawn).max())), _thinning(drawn, grid)
-    figure, panels = _panels(len(pairs[0]), frames.shape[1:3])
+    drawn = _Flow.of(displacement, [pair for row in pairs for pair in row], grid)
+    figure, panels = _panels(len(pairs), len(pairs[0]), frames.shape[1:3])
     for row, row_pairs in zip(panels, pairs, strict=True):
-        for axes, (i, j) in zip(row, row_pairs, strict=True):
-            axes.set_title(f"frame {i} → {j}", color=_INK, fontsize=9, pad=4)
-            axes.imshow(_dimmed(frames[shown_frame(i, len(frames), grid[0])]), interpolation="bilinear")
-            _draw_arrows(axes, displacement[i, j], grid, frames.shape[1:3], largest, step)
-    _write_headings(figure, panels, title, grid, step)
-    _draw_wheel(figure, largest)
+        for axes, pair in zip(row, row_pairs, strict=True):
+            _draw_flow(axes, frames, drawn, pair)
+    _write_headings(figure, title or "Attention motion flow", drawn)
+    _label_rows(panels, ("to the next frame", "from the first frame"))
+    _draw_wheel(figure, drawn.largest)
+    _save(figure, path)
+
+
+def plot_transfer(
+    reference: np.ndarray,
+    displacement: np.ndarray,
+    grid: tuple[int, int, int],
+    generated: np.ndarray,
+    path: str | Path,
+    title: str = "",
+    columns: int = 6,
+) -> None:
+    """Draw a reference, its attention motion flow, and what was generated with it, as a PNG at `path`.
+
+    reference, generated: uint8 [T, H, W, 3] RGB; displacement and grid as in `plot_flow`. One column for each of up
+    to `columns` evenly spaced latent frames; the flow goes from a column's frame to the next column's, and in the last
+    column from the first frame to the last. Raises PlotError and OSError as `plot_flow` does.
+    """
+    displacement = _checked_displacement(displacement, grid)
+    _check_frames("reference", reference)
+    _check_frames("generated", generated)
+    shown = _evenly_spaced(grid[0], columns)
+    pairs = [*pairwise(shown), (shown[0], shown[-1])]
+    drawn = _Flow.of(displacement, pairs, grid)
+    figure, (above, middle, below) = _panels(3, len(shown), reference.shape[1:3])
+    for frame, upper, lower in zip(shown, above, below, strict=True):
+        for axes, video in ((upper, reference), (lower, generated)):
+            number = shown_frame(frame, len(video), grid[0])
+            axes.set_title(f"frame {number}", color=_INK, fontsize=9, pad=4)
+            axes.imshow(video[number], interpolation="nearest")
+    for axes, pair in zip(middle, pairs, strict=True):
+        _draw_flow(axes, reference, drawn, pair)
+    _write_headings(figure, title or "Motion transfer", drawn)
+    _label_rows([above, middle, below], ("reference", "its motion flow", "generated"))
+    _draw_wheel(figure, drawn.largest)
     _save(figure, path)
 
 
@@ -142,6 +177,22 @@ def _length(displacement: np.ndarray) -> Float[np.ndarray, "*points"]:
     return np.asarray(np.hypot(displacement[..., 0].astype(float), displacement[..., 1].astype(float)))
 
 
+@dataclass(frozen=True)
+class _Flow:
+    """A flow as it is drawn: every `step`-th patch per side, colours full at the length `largest`."""
+
+    displacement: Int[np.ndarray, "frames frames patches 2"]
+    grid: tuple[int, int, int]
+    largest: float
+    step: int
+
+    @classmethod
+    def of(cls, displacement: np.ndarray, pairs: Sequence[tuple[int, int]], grid: tuple[int, int, int]) -> _Flow:
+        """The flow between these pairs of latent frames (i, j)."""
+        drawn = np.stack([displacement[i, j] for i, j in pairs])
+        return cls(displacement, grid, max(1.0, float(_length(drawn).max())), _thinning(drawn, grid))
+
+
 def _thinning(drawn: Int[np.ndarray, "pairs patches 2"], grid: tuple[int, int, int]) -> int:
     """Every how many patches, per side, an arrow is drawn.
 
@@ -157,15 +208,15 @@ def _thinning(drawn: Int[np.ndarray, "pairs patches 2"], grid: tuple[int, int, i
     return 2 * step if wild and max(h, w) // step > ARROWS_PER_SIDE // 2 else step
 
 
-def _panels(columns: int, size: tuple[int, ...]) -> tuple[Figure, list[list[Axes]]]:
-    """An empty figure with two rows of panels at fixed places, room for headings and, on the right, the wheel."""
+def _panels(rows: int, columns: int, size: tuple[int, ...]) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure with rows of panels at fixed places, room for headings and, on the right, the wheel."""
     width, height = (_PANEL * side / max(size) for side in (size[1], size[0]))
     across, down = width + 0.08, height + _GAP
     # Never narrower than the headings, never lower than the wheel.
     total_width = max(6.5, _LEFT + columns * across + _RIGHT)
-    total_height = max(_TOP + 2.2, _TOP + height + down + _BOTTOM)
+    total_height = max(_TOP + 2.2, _TOP + height + (rows - 1) * down + _BOTTOM)
     figure = Figure(figsize=(total_width, total_height), dpi=_DPI, facecolor=_BACKGROUND)
-    lefts, tops = [_LEFT + column * across for column in range(columns)], [_TOP, _TOP + down]
+    lefts, tops = [_LEFT + column * across for column in range(columns)], [_TOP + row * down for row in range(rows)]
     return figure, [[_axes(figure, left, top, width, height) for left in lefts] for top in tops]
 
 
@@ -185,24 +236,25 @@ def _dimmed(picture: Picture) -> Picture:
     return np.rint(0.38 * grey + 0.12 * picture).astype(np.uint8)
 
 
-def _draw_arrows(
-    axes: Axes,
-    displacement: Int[np.ndarray, "patches 2"],
-    grid: tuple[int, int, int],
-    size: tuple[int, ...],
-    largest: float,
-    step: int,
-) -> None:
-    """Arrows of one pair of frames from the centres of every `step`-th patch, in pixels."""
-    _, h, w = grid
+def _draw_flow(axes: Axes, frames: np.ndarray, flow: _Flow, pair: tuple[int, int]) -> None:
+    """The flow of one pair of latent frames (i, j), over the pixel frame that stands for i."""
+    latent_frames, _, _ = flow.grid
+    axes.set_title(f"frame {pair[0]} → {pair[1]}", color=_INK, fontsize=9, pad=4)
+    axes.imshow(_dimmed(frames[shown_frame(pair[0], len(frames), latent_frames)]), interpolation="bilinear")
+    _draw_arrows(axes, flow, pair, frames.shape[1:3])
+
+
+def _draw_arrows(axes: Axes, flow: _Flow, pair: tuple[int, int], size: tuple[int, ...]) -> None:
+    """Arrows from the centres of every `step`-th patch, in pixels."""
+    (_, h, w), step = flow.grid, flow.step
     patch = np.array([size[1] / w, size[0] / h])
     rows, columns = np.arange((step - 1) // 2, h, step), np.arange((step - 1) // 2, w, step)
     y, x = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
-    moves = displacement[y * w + x]
+    moves = flow.displacement[pair][y * w + x]
     centres = (np.stack([x, y], axis=-1) + 0.5) * patch - 0.5
     still: Bool[np.ndarray, " arrows"] = ~moves.any(axis=-1)
     axes.scatter(centres[still, 0], centres[still, 1], s=2.5, color=_INK, linewidths=0, alpha=0.8)
-    _quiver(axes, centres[~still], moves[~still] * patch, flow_colours(moves[~still], largest))
+    _quiver(axes, centres[~still], moves[~still] * patch, flow_colours(moves[~still], flow.largest))
     axes.set_xlim(-0.5, size[1] - 0.5)
     axes.set_ylim(size[0] - 0.5, -0.5)
 
@@ -217,30 +269,22 @@ def _quiver(axes: Axes, centres: np.ndarray, arrows: np.ndarray, colours: np.nda
     axes.quiver(*centres.T, *arrows.T, color=colours, units="inches", width=0.012, **scaling, **head)
 
 
-def _write_headings(
-    figure: Figure, panels: list[list[Axes]], title: str, grid: tuple[int, int, int], step: int
-) -> None:
-    frames, h, w = grid
+def _write_headings(figure: Figure, title: str, flow: _Flow) -> None:
+    frames, h, w = flow.grid
     width, height = figure.get_size_inches()
-    thinned = f"; every {_ordinal(step)} patch is drawn" if step > 1 else ""
+    thinned = f"; every {_ordinal(flow.step)} patch is drawn" if flow.step > 1 else ""
     facts = f"{frames} latent frames of {h} x {w} patches{thinned}; dots: no motion"
     left = _LEFT / width
-    heading = _cut(title or "Attention motion flow", width - _LEFT - 0.2, fontsize=12)
+    heading = _cut(title, width - _LEFT - 0.2, fontsize=12)
     style: dict[str, Any] = {"ha": "left", "va": "center", "parse_math": False}
     figure.text(left, 1 - 0.2 / height, heading, color=_INK, fontsize=12, **style)
     figure.text(left, 1 - 0.43 / height, facts, color=_FAINT, fontsize=9, **style)
-    for row, label in zip(panels, ("to the next frame", "from the first frame"), strict=True):
-        row[0].text(
-            -0.03,
-            0.5,
-            label,
-            transform=row[0].transAxes,
-            rotation=90,
-            ha="right",
-            va="center",
-            color=_FAINT,
-            fontsize=9,
-        )
+
+
+def _label_rows(panels: Sequence[Sequence[Axes]], labels: Sequence[str]) -> None:
+    style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "color": _FAINT, "fontsize": 9}
+    for row, label in zip(panels, labels, strict=True):
+        row[0].text(-0.03, 0.5, label, transform=row[0].transAxes, **style)
 
 
 def _ordinal(number: int) -> str:

@@ -103,6 +103,9 @@ def transfer(
     bank: Annotated[Path | None, typer.Option(help="Reuse a motion bank: nothing is optimised.")] = None,
     save_bank: Annotated[Path | None, typer.Option(help="Keep the learned positions (--optimize position).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the loss curve into this PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw reference, motion and result, one above the other, into this PNG.")
+    ] = None,
     model: ModelOption = "mini",
     frames: FramesOption = None,
     height: HeightOption = None,
@@ -149,6 +152,7 @@ def transfer(
             screen=screen,
             save_bank=save_bank,
             plot=plot,
+            picture=picture,
         )
     if as_json:
         _emit(**summary)

@@ -16,10 +16,10 @@ from ditflow import backbones
 from ditflow.backbones.base import Backbone
 from ditflow.bank import MotionBank
 from ditflow.denoise import OnStep
-from ditflow.plot import plot_flow, plot_losses
+from ditflow.plot import plot_flow, plot_losses, plot_transfer
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
-from ditflow.transfer import transfer_motion
+from ditflow.transfer import Transferred, transfer_motion
 from ditflow.types import StepRecord
 from ditflow.video import Clip, read_video, write_video
 from pipeline.job import DEFAULT_FPS
@@ -63,6 +63,7 @@ def transfer(
     screen: Console,
     save_bank: Path | None = None,
     plot: Path | None = None,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
     if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
@@ -71,7 +72,9 @@ def transfer(
         raise ValueError(
             "--plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
         )
-    _check_folders(output, save_bank, plot)
+    if picture is not None and (isinstance(reference, MotionBank) or method.name != "ditflow"):
+        raise ValueError("--picture draws a reference's attention motion flow: it needs --method ditflow and no --bank")
+    _check_folders(output, save_bank, plot, picture)
     if isinstance(reference, MotionBank):
         method, sampling = _as_learned(reference, method, sampling)
     backbone = backbones.load(model)
@@ -94,8 +97,17 @@ def transfer(
         save_bank.write_bytes(result.bank.to_bytes())
     if plot is not None:
         plot_losses(result.losses, plot, title=f"{method.name}, {method.optimize}: {prompt}")
-    _say_written(screen, [output, save_bank, plot])
+    if picture is not None:
+        _draw_transfer(source, result, prompt, picture)
+    _say_written(screen, [output, save_bank, plot, picture])
     return {"output": str(output), "losses": result.losses, "seconds": dict(result.seconds)}
+
+
+def _draw_transfer(source: np.ndarray | MotionBank | None, result: Transferred, prompt: str, picture: Path) -> None:
+    motion = result.motion_reference
+    assert isinstance(source, np.ndarray) and motion is not None and result.video is not None
+    grid = (motion.grid.frames, motion.grid.height, motion.grid.width)
+    plot_transfer(source, motion.displacement.numpy(), grid, result.video, picture, title=prompt)
 
 
 def extract(

@@ -90,8 +90,10 @@ def clips(tmp_path_factory) -> list[Path]:
 def made(request, clips, tmp_path_factory) -> SimpleNamespace:
     """One video by position optimisation, with its bank and loss curve, on each of the models."""
     folder = tmp_path_factory.mktemp(request.param)
-    files = {"video": folder / "out.mp4", "bank": folder / "bank.safetensors", "plot": folder / "loss.png"}
-    options = ("--optimize", "position", "--save-bank", files["bank"], "--plot", files["plot"], "--seed", 4)
+    names = {"video": "out.mp4", "bank": "bank.safetensors", "plot": "loss.png", "picture": "transfer.png"}
+    files = {what: folder / name for what, name in names.items()}
+    drawn = ("--plot", files["plot"], "--picture", files["picture"])
+    options = ("--optimize", "position", "--save-bank", files["bank"], *drawn, "--seed", 4)
     result = ditflow(
         "transfer", clips[0], PROMPT, "-o", files["video"], "--model", request.param, *SIZE, *FEW_STEPS, *options
     )
@@ -157,14 +159,14 @@ def test_transfer_makes_a_video_of_the_asked_size_and_tells_the_losses(clips, tm
     assert {"extract", "guidance", "denoise", "decode"} <= summary["seconds"].keys()
 
 
-def test_transfer_by_position_makes_a_video_a_bank_and_a_loss_curve(made):
+def test_transfer_by_position_makes_a_video_a_bank_and_two_pictures(made):
     info = probe_video(made.video)
     assert (info.frames, info.height, info.width) == (FRAMES, HEIGHT, WIDTH)
     header = MotionBank.read_header(made.bank.read_bytes())
     assert (header.model, header.prompt, header.steps, len(header.timesteps)) == (made.model, PROMPT, 3, 2)
-    assert made.plot.read_bytes().startswith(b"\x89PNG")
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in (made.plot, made.picture))
     assert made.result.stdout == ""
-    assert all(str(file) in made.result.stderr for file in (made.video, made.bank, made.plot))
+    assert all(str(file) in made.result.stderr for file in (made.video, made.bank, made.plot, made.picture))
 
 
 def test_a_saved_bank_moves_another_prompt_without_a_reference_and_without_losses(made, tmp_path):
@@ -299,7 +301,7 @@ def test_a_motion_is_no_bank(clips, tmp_path):
     assert "no motion bank: it is motion reference" in said
 
 
-@pytest.mark.parametrize("option", ["-o", "--plot", "--save-bank"])
+@pytest.mark.parametrize("option", ["-o", "--plot", "--picture", "--save-bank"])
 def test_a_file_that_cannot_be_written_is_said_before_the_work_begins(clips, tmp_path, option):
     files = {"-o": tmp_path / "out.mp4", option: tmp_path / "none" / "file"}
     options = [part for pair in files.items() for part in pair]
@@ -660,4 +662,12 @@ def test_a_loss_curve_of_a_method_without_losses_is_refused_before_the_work(clip
     result = ditflow("transfer", clips[0], PROMPT, "--method", "none", "--plot", tmp_path / "loss.png", status=2)
     assert errors_of(result) == [
         "error: --plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
+    ]
+
+
+def test_a_picture_of_a_motion_that_is_not_extracted_is_refused_before_the_work(clips, tmp_path):
+    picture = ("--picture", tmp_path / "transfer.png")
+    result = ditflow("transfer", clips[0], PROMPT, "--method", "injection", *picture, status=2)
+    assert errors_of(result) == [
+        "error: --picture draws a reference's attention motion flow: it needs --method ditflow and no --bank"
     ]

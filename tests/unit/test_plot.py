@@ -345,3 +345,35 @@ def test_drawing_leaves_no_global_state(tmp_path):
         plot_losses([[1.0]], tmp_path / "b.png")
         contact_sheet([("a", black())], tmp_path / "c.png")
     assert matplotlib.rcParams.copy() == settings
+
+
+# --- the transfer
+
+
+def test_a_transfer_shows_the_reference_its_flow_and_the_result(tmp_path):
+    flow = still()
+    flow[1, 2, 2 * 8 + 1] = (4, 0)
+    reference, generated = black(), black()
+    reference[4, :, :, 2] = 200
+    generated[8, :, :, 1] = 200
+    plot.plot_transfer(reference, flow, GRID, generated, tmp_path / "transfer.png")
+    picture = load(tmp_path / "transfer.png")
+    means = np.array([[panel(picture, row, column).mean((0, 1)) for column in range(3)] for row in (0, 2)])
+    expected = np.zeros((2, 3, 3))
+    expected[0, 1, 2], expected[1, 2, 1] = 200, 200
+    np.testing.assert_allclose(means, expected, atol=6)
+    arrows = [is_red(panel(picture, 1, column)).any() for column in range(3)]
+    assert arrows == [False, True, False], "the flow from the second latent frame to the third"
+
+
+def test_the_last_column_shows_the_flow_from_the_first_frame_to_the_last(tmp_path):
+    flow = still((5, 8, 8))
+    flow[0, 4, 0] = (4, 0)
+    plot.plot_transfer(black(17), flow, (5, 8, 8), black(17), tmp_path / "transfer.png", columns=3)
+    picture = load(tmp_path / "transfer.png")
+    assert [is_red(panel(picture, 1, column)).any() for column in range(3)] == [False, False, True]
+
+
+def test_a_generated_clip_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(PlotError, match="generated are float64"):
+        plot.plot_transfer(black(), still(), GRID, np.zeros((9, 64, 64, 3)), tmp_path / "transfer.png")
