@@ -1,0 +1,337 @@
+"""How well the embedded models see, draw and transfer motion: `python -m benchmarks.mini` (or `make bench-mini`).
+
+The world's truth is known, so everything is measured: reconstruction by the autoencoder, the attention motion flow of
+every block against the true motion, what plain generations show against what their prompt asked for, and where the
+sprite goes under every system against where the reference's went. Clips are of the world's held-out split. Means come
+with 95 % bootstrap intervals over clips. Figures go to benchmarks/results/mini.json and mini.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.bench import RESULTS, command, machine, write_json
+from ditflow import backbones, transfer_motion
+from ditflow.backbones.base import Backbone
+from ditflow.bank import MotionBank
+from ditflow.metrics.motion_fidelity import NoMotionError, motion_fidelity
+from ditflow.metrics.statistics import bootstrap_interval, paired_difference
+from ditflow.metrics.tracks import track
+from ditflow.mini.measure import Sighting, block_scores, flow_score, look_at, position_error, track_cosine
+from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, sample_scene, with_appearance_of
+from ditflow.settings import MethodSettings
+from ditflow.transfer import Transferred
+
+MODELS = ("mini-rotary", "mini-additive")
+METHODS = {
+    "none": MethodSettings(name="none"),
+    "injection": MethodSettings(name="injection"),
+    "latent": MethodSettings(name="ditflow", optimize="latent"),
+    "position": MethodSettings(name="ditflow", optimize="position"),
+}
+"""The systems by name; `zero-shot` follows from `position`: its bank with another prompt."""
+SYSTEMS = (*METHODS, "zero-shot")
+OTHER_LOOKS = 50_000
+"""Zero-shot reuse wears the looks of this many seeds further on."""
+Scores = dict[str, float]
+
+
+# ---- one clip
+
+
+def reconstruction_scores(model: str, seed: int) -> dict[str, Scores]:
+    """PSNR of a held-out clip behind the autoencoder, and what can be read of it before and after."""
+    backbone, clip = load(model), render(sample_scene(seed, "eval", sprites=1))
+    latents = backbone.encode_video(clip.frames)
+    made = backbone.decode_latents(latents, len(clip.frames))
+    error = np.square(made.astype(float) - clip.frames).mean()
+    seen = {"truth": clip.frames, "reconstruction": made}
+    named = {name: _adherence(look_at(frames), clip.scene) for name, frames in seen.items()}
+    return {"psnr": {"dB": -10 * math.log10(error / 255**2)}, **named}
+
+
+def flow_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Errors of the attention motion flow of every block, and of two guesses, on a held-out clip; in patches."""
+    backbone, clip = load(model), render(sample_scene(seed, "eval"))
+    scores = {f"block {block}": score for block, score in enumerate(block_scores(backbone, clip))}
+    grid = backbone.grid(torch.empty(backbone.latent_shape(*clip.frames.shape[:3])))
+    truth = clip.displacement(grid.frames, grid.height, grid.width)
+    rng = np.random.default_rng(seed)
+    places = np.stack(np.divmod(np.arange(grid.height * grid.width), grid.width)[::-1], axis=-1)
+    anywhere = rng.permuted(np.broadcast_to(places, truth.displacement.shape), axis=2) - places
+    guesses = {
+        "zero flow": np.zeros_like(truth.displacement),
+        "random flow": anywhere,
+        "truth in whole patches": np.rint(truth.displacement),
+    }
+    scores |= {name: flow_score(guess, truth) for name, guess in guesses.items()}
+    shot = "pan" if any(clip.scene.camera.pan) else "rest" if clip.scene.camera.zoom == 1 else "zoom"
+    return {name: _by_shot(asdict(score), shot) for name, score in scores.items()}
+
+
+def transfer_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Every system on a held-out pair: the reference's motion with a prompt of another colour, shape and background."""
+    backbone = load(model)
+    reference, target = sample_pair(seed, "eval", sprites=1)
+    clip = render(reference)
+    scores, bank = {}, None
+    for name, method in METHODS.items():
+        made = make(backbone, clip, target, method, seed)
+        scores[name] = score_generation(made, clip, target)
+        bank = made.bank or bank
+    other = with_appearance_of(reference, sample_pair(seed + OTHER_LOOKS, "eval", sprites=1)[1])
+    reused = make(backbone, clip, other, METHODS["position"], seed, bank)
+    return {**scores, "zero-shot": score_generation(reused, clip, other)}
+
+
+def make(
+    backbone: Backbone,
+    reference: WorldClip,
+    target: Scene,
+    method: MethodSettings,
+    seed: int,
+    bank: MotionBank | None = None,
+) -> Transferred:
+    """Generate the target's looks with the reference's motion, or with a bank's."""
+    source = reference.frames if bank is None else bank
+    size = reference.frames.shape[:3]
+    return transfer_motion(backbone, prompt_of(target), reference=source, size=size, method=method, seed=seed)
+
+
+def score_generation(made: Transferred, reference: WorldClip, target: Scene) -> Scores:
+    """Where the sprite went against the reference's, and what the clip shows against what was asked for."""
+    assert made.video is not None
+    seen, trajectory = look_at(made.video), reference.trajectories[0]
+    scores = {
+        "track_cosine": track_cosine(seen, trajectory),
+        "position_error": position_error(seen, trajectory),
+        "motion_fidelity": _fidelity(made.video, reference.frames),
+        **_adherence(seen, target),
+        "found": float(seen.found.mean()),
+        "seconds": sum(made.seconds.values()),
+    }
+    if made.losses:
+        scores |= {"loss_first": made.losses[0][0], "loss_final": made.losses[-1][-1]}
+    return scores
+
+
+def _adherence(seen: Sighting, asked: Scene) -> Scores:
+    look = asked.sprites[0].appearance
+    return {
+        "colour": float(seen.colour == look.colour),
+        "shape": float(seen.shape == look.shape),
+        "background": float(seen.background == asked.background.name),
+    }
+
+
+def _fidelity(generated: np.ndarray, reference: np.ndarray) -> float:
+    """Motion fidelity; 0 for a generated clip in which nothing moves."""
+    try:
+        return motion_fidelity(track(generated), track(reference))
+    except NoMotionError:
+        return 0.0
+
+
+def _by_shot(scores: Scores, shot: str) -> Scores:
+    """Background errors are told apart by what the camera does."""
+    ground = {f"{name} ({shot})": value for name, value in scores.items() if name.startswith("ground")}
+    return {name: value for name, value in (scores | ground).items() if name in ground or name.startswith("sprite")}
+
+
+@cache
+def load(model: str) -> Backbone:
+    """Load a model once a process."""
+    return backbones.load(model)
+
+
+# ---- many clips
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs a measurement over clips in worker processes."""
+
+    clips: int
+    pool: ProcessPoolExecutor
+
+    def measure(self, score: Callable[[str, int], dict[str, Scores]], model: str) -> dict[str, dict[str, Any]]:
+        """Score every clip and return {system: {figure: values, mean and interval}}."""
+        return summary(self.scores(partial(score, model), range(self.clips), f"{model}: {score.__name__}"))
+
+    def scores(self, score: Callable[[int], Any], seeds: Sequence[int], label: str) -> list[Any]:
+        """Score seeds in order, with a line of progress."""
+        results, started = [], time.monotonic()
+        for result in self.pool.map(score, seeds):
+            results.append(result)
+            print(f"\r{label} {len(results)}/{len(seeds)}", end="", file=sys.stderr, flush=True)
+        print(f", {time.monotonic() - started:.0f} s", file=sys.stderr)
+        return results
+
+
+def start_workers(count: int) -> ProcessPoolExecutor:
+    """Start processes that compute with one thread each: small matrices gain nothing from two."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def summary(clips: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]:
+    """Turn one mapping {system: {figure: value}} per clip into {system: {figure: mean, interval and values}}."""
+    systems = _in_order(name for clip in clips for name in clip)
+    return {
+        system: {figure: _figure([clip[system].get(figure, math.nan) for clip in clips]) for figure in figures}
+        for system in systems
+        for figures in [_in_order(name for clip in clips for name in clip[system])]
+    }
+
+
+def _figure(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and interval over the clips that have the figure; all values in the order of the clips."""
+    known = [value for value in values if not math.isnan(value)]
+    rounded = [None if math.isnan(value) else round(value, 4) for value in values]
+    return {**_rounded(bootstrap_interval(known)), "values": rounded}
+
+
+def _rounded(interval: Any) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in asdict(interval).items()}
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def gain_over_plain(systems: Mapping[str, Any]) -> dict[str, Any]:
+    """Return paired differences of track cosines to plain generation."""
+    cosines = {name: figures["track_cosine"]["values"] for name, figures in systems.items()}
+    return {
+        name: _rounded(paired_difference(values, cosines["none"])) for name, values in cosines.items() if name != "none"
+    }
+
+
+def guided_clip_seconds(model: str, rounds: int = 5) -> dict[str, Any]:
+    """Seconds of a guided clip from pixels to pixels, alone on this machine; a first one warms up."""
+    backbone, (reference, target) = backbones.load(model), sample_pair(0, "eval", sprites=1)
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        make(backbone, render(reference), target, METHODS["latent"], seed=0)
+        seconds.append(round(time.perf_counter() - started, 2))
+    return {"threads": torch.get_num_threads(), "median": sorted(seconds[1:])[rounds // 2], "values": seconds[1:]}
+
+
+# ---- what is told
+
+
+def print_table(model: str, parts: Mapping[str, Any]) -> None:
+    """Print the figures that matter, with their intervals."""
+    psnr = parts["reconstruction"]["psnr"]["dB"]
+    print(f"\n{model}\nreconstruction PSNR {_told(psnr)} dB")
+    flow = ("sprite_error", "sprite_within", "ground_length (rest)", "ground_error (pan)")
+    print_rows(parts["flow"], flow)
+    print_rows(
+        parts["transfer"], ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
+    )
+    for name, gain in parts["gain over plain"].items():
+        print(f"{name}: track cosine above plain generation by {_told(gain)}")
+    print(f"a guided clip takes {parts['guided clip seconds']['median']} s")
+
+
+def print_rows(rows: Mapping[str, Any], figures: Sequence[str]) -> None:
+    """Print a row for every system and a column for every figure."""
+    print(f"\n{'':24}" + "".join(f"{figure:>24}" for figure in figures))
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{_told(row.get(figure)):>24}" for figure in figures))
+
+
+def _told(figure: Mapping[str, float] | None) -> str:
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" if figure else "-"
+
+
+def draw_chart(models: Mapping[str, Any], path: Path) -> None:
+    """Draw flow errors by block and the systems' tracks, motion fidelity and adherence, for both models."""
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    titles = {
+        "track_cosine": "track cosine with the reference",
+        "motion_fidelity": "motion fidelity",
+    }
+    for number, (model, parts) in enumerate(models.items()):
+        offset = (number - (len(models) - 1) / 2) * 0.3
+        blocks = {name: row["sprite_error"] for name, row in parts["flow"].items()}
+        _draw_points(axes[0], blocks, offset, model)
+        for panel, name in zip(axes[1:], titles, strict=False):
+            _draw_points(panel, {system: parts["transfer"][system][name] for system in SYSTEMS}, offset, model)
+        words = {
+            f"{word}, {system}": parts["transfer"][system][word]
+            for word in ("colour", "shape", "background")
+            for system in ("none", "latent")
+        }
+        _draw_points(axes[3], words, offset, model)
+    axes[0].set_title("flow error on sprites, in patches (less is better)", fontsize=10)
+    for panel, title in zip(axes[1:], (*titles.values(), "generations that show what was asked for"), strict=True):
+        panel.set_title(title, fontsize=10)
+    axes[1].axvline(0, color="0.6", linewidth=0.8)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw_points(axes: Axes, figures: Mapping[str, Mapping[str, float]], offset: float, label: str) -> None:
+    """Draw means with their intervals, one under the other."""
+    places = np.arange(len(figures)) + offset
+    means = np.array([figure["mean"] for figure in figures.values()])
+    bounds = np.array([[figure["low"], figure["high"]] for figure in figures.values()]).T
+    axes.errorbar(means, places, xerr=np.abs(bounds - means), fmt="o", markersize=4, capsize=2, label=label)
+    axes.set_yticks(range(len(figures)), list(figures), fontsize=8)
+    axes.set_ylim(len(figures) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+
+
+# ---- the command
+
+
+def main() -> None:
+    """Measure the models and write the results."""
+    asked = _parser().parse_args()
+    models: dict[str, Any] = {}
+    with start_workers(asked.workers) as pool:
+        bench = Bench(asked.clips, pool)
+        for model in asked.models:
+            models[model] = {
+                "reconstruction": bench.measure(reconstruction_scores, model),
+                "flow": bench.measure(flow_scores, model),
+                "transfer": bench.measure(transfer_scores, model),
+            }
+    for model, parts in models.items():
+        parts["gain over plain"] = gain_over_plain(parts["transfer"])
+        parts["guided clip seconds"] = guided_clip_seconds(model)
+        print_table(model, parts)
+    about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
+    write_json(asked.out, {**about, "clips": asked.clips, "models": models})
+    draw_chart(models, asked.out.with_suffix(".png"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mini", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips, and pairs of them")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="embedded models or model folders")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mini.json")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
