@@ -1,0 +1,1 @@
+"""How well a generated video keeps the reference's motion, measured on finished videos."""

@@ -1,0 +1,141 @@
+"""Motion fidelity: how well the motion of two videos matches, wherever in the picture it happens.
+
+Axis letters: N generated and M reference tracklets, T frames, S = T - 1 steps from frame to frame.
+
+Introduced by SMM (arXiv 2311.17009) and used by DiTFlow (arXiv 2412.07776). Two tracklets are compared
+by the directions of their steps; every tracklet is scored by its best match in the other video.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ditflow.metrics.tracks import Tracks
+
+SMALLEST_STEP = 0.05
+"""Pixels below which a frame-to-frame displacement counts as none.
+
+Trackers below a pixel never report exactly 0: one grey level of noise (8 bits, a video codec) moves a resting point
+by 0.01 to 0.07 pixels a frame in directions by chance, and the best of many matches would turn that into a score.
+Motion slower than this is 2.4 pixels in 49 frames.
+"""
+
+
+class NoMotionError(ValueError):
+    """A video shows no motion that could be compared; the message names which one."""
+
+
+def motion_fidelity(
+    generated: Tracks,
+    reference: Tracks,
+    variant: Literal["symmetric", "official"] = "symmetric",
+    *,
+    least_common: float = 0.0,
+) -> float:
+    """Return how well the motion of two videos matches: 1 the same directions, -1 only opposite ones.
+
+    The correlation of two tracklets is the mean over time of the cosine of their frame-to-frame displacements,
+    without the steps in which either moves less than `SMALLEST_STEP` pixels or either point is invisible at either
+    end. A pair without a common step, or with less than the share `least_common` of all T - 1 steps in common, has no
+    correlation and takes no part; neither does a tracklet without any pair.
+
+    symmetric: the mean over generated tracklets of their best correlation with a reference tracklet, plus the mean
+    over reference tracklets of their best correlation with a generated one, over 2.
+
+    official: the scripts released with SMM and DiTFlow. One-sided: only the mean over generated tracklets. And the
+    identity is first subtracted from the matrix of correlations (rows generated, columns reference), which lowers
+    tracklet i's match with reference tracklet i, the one that starts at the same place, by 1; so a video scores
+    less than 1 against itself unless its tracklets move alike. Both videos need the same number of tracklets.
+    Departures: those scripts divide 0 by 0 where a point rests, ignore visibility, and cut the longer video.
+
+    Unrelated motion scores above 0, and the more so the more tracklets there are to choose from, and the fewer steps
+    they have in common: a point that moves in one step only, such as one that something passes by, finds a perfect
+    match anywhere. `least_common` leaves such pairs out. Compare scores of the same tracker, grid and length only.
+
+    A static background gives points without motion, which are left out: this measures what moves, not whether the
+    rest stands still. Since matches are free, it does not measure where something moves either, nor, as only
+    directions count, how fast.
+
+    Raises NoMotionError if a video has no visible motion, or the two never move at the same time; ValueError for an
+    unknown variant, a share above 1 or below 0, videos of different length, or, for `official`, different numbers of
+    tracklets.
+    """
+    _check(generated, reference, variant, least_common)
+    matrix = correlations(generated, reference, least_common)
+    if np.isneginf(matrix).all():
+        raise NoMotionError(
+            "the generated video and the reference do not move at the same time: no pair of points has a step, or the "
+            f"share {least_common:g} of all steps, in which both move and are visible. Most likely one of the two "
+            "loses its points early, as at a cut; look at its tracks."
+        )
+    if variant == "official":
+        return _mean_best(matrix - np.eye(len(matrix)))
+    return (_mean_best(matrix) + _mean_best(matrix.T)) / 2
+
+
+def correlations(
+    generated: Tracks, reference: Tracks, least_common: float = 0.0
+) -> Float[np.ndarray, "generated reference"]:
+    """Return the correlation [N, M] of all pairs of tracklets, in [-1, 1]; -inf for pairs without one.
+
+    See `motion_fidelity` for which those are. Both videos must have the same number of frames.
+    """
+    (directions, moves), (other_directions, other_moves) = _directions(generated), _directions(reference)
+    cosines = np.einsum("nsc,msc->nm", directions, other_directions, optimize=True)
+    steps = moves.astype(float) @ other_moves.T
+    enough = (steps > 0) & (steps / max(moves.shape[1], 1) >= least_common)
+    return np.where(enough, np.clip(cosines / np.maximum(steps, 1), -1, 1), -np.inf)
+
+
+def _directions(tracks: Tracks) -> tuple[Float[np.ndarray, "points steps 2"], Bool[np.ndarray, "points steps"]]:
+    """Unit vectors of the frame-to-frame displacements, and which steps take part; (0, 0) for those that do not."""
+    displacement = np.diff(tracks.points.astype(float), axis=1)
+    length = np.linalg.norm(displacement, axis=-1)
+    moves = tracks.visible[:, 1:] & tracks.visible[:, :-1] & (length >= SMALLEST_STEP)
+    return displacement * (moves / np.where(moves, length, 1))[..., None], moves
+
+
+def _mean_best(matrix: Float[np.ndarray, "rows columns"]) -> float:
+    """Mean over rows of the largest entry, without rows that have none."""
+    best = matrix.max(axis=1)
+    return float(best[np.isfinite(best)].mean())
+
+
+def _check(generated: Tracks, reference: Tracks, variant: str, least_common: float) -> None:
+    if variant not in ("symmetric", "official"):
+        raise ValueError(f"{variant!r} is no variant of motion fidelity. The variants are: symmetric, official.")
+    if not 0 <= least_common <= 1:
+        raise ValueError(f"least_common is {least_common}, expected a share of the steps, from 0 to 1, not a count.")
+    _check_sizes(generated, reference, variant)
+    _check_motion(generated, reference)
+
+
+def _check_sizes(generated: Tracks, reference: Tracks, variant: str) -> None:
+    (count, frames), (other_count, other_frames) = generated.visible.shape, reference.visible.shape
+    if frames != other_frames:
+        raise ValueError(
+            f"the generated video has {frames} frames, the reference {other_frames}: expected as many. Most likely the "
+            "reference was not read at the frames and stride it was transferred with; read it so, or cut both alike."
+        )
+    if variant == "official" and count != other_count:
+        raise ValueError(
+            f"{count} generated and {other_count} reference tracklets came, expected as many for the official variant, "
+            "which pairs those that start at the same place. Resize both videos to one size before tracking them."
+        )
+
+
+def _check_motion(generated: Tracks, reference: Tracks) -> None:
+    still = [name for name, tracks in (("generated video", generated), ("reference", reference)) if _is_still(tracks)]
+    if still:
+        raise NoMotionError(
+            f"no point of the {' and of the '.join(still)} moves {SMALLEST_STEP} pixels or more between two frames in "
+            "which it is visible, so there is nothing to compare. Either it is static, or the tracker lost its points "
+            "at once, as it does on blank or flickering pictures."
+        )
+
+
+def _is_still(tracks: Tracks) -> bool:
+    return not _directions(tracks)[1].any()
