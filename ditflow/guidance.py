@@ -111,6 +111,8 @@ class Guidance:
         assert self.method.loss is not None and self.method.blocks is not None and self.reference is not None
         loss = MOTION_LOSSES[self.method.loss].from_settings(self.method)
         blocks = self.method.blocks
-        captured = self.backbone.capture(latents, timestep, self.prompt_embeds, blocks, position, injected)
+        captured = self.backbone.capture(
+            latents, timestep, self.prompt_embeds, blocks, position, injected, loss.captures
+        )
         grid = self.backbone.grid(latents)
         return torch.stack([loss(captured[b], self.reference.payloads[b], grid) for b in blocks]).mean()

@@ -90,8 +90,9 @@ def reference_from_latents(
     source_embeds: Tensor,
     method: MethodSettings,
 ) -> MotionReference:
-    """Take the motion signal from clean reference latents at timestep 0 (paper, section 3.2).
+    """Take the motion signal from reference latents (paper, section 3.2).
 
+    They are clean and at timestep 0, unless the loss asks for a noised reference: then the noise is always the same.
     source_embeds are the empty prompt's text embeddings; `method` is resolved.
     """
     grid = backbone.grid(latents)
@@ -100,11 +101,24 @@ def reference_from_latents(
         assert method.blocks is not None, "resolve() first"
         loss = MOTION_LOSSES[method.loss].from_settings(method)
         with torch.no_grad():
+            noised, timestep = _noised(backbone, latents, loss.reference_noise)
             position = backbone.default_position(grid)
-            captured = backbone.capture(latents, 0, source_embeds, method.blocks, position)
+            captured = backbone.capture(
+                noised, timestep, source_embeds, method.blocks, position, captures=loss.captures
+            )
             payloads = {block: loss.reference(captured[block], grid) for block in method.blocks}
     kept = latents.float().cpu() if method.injects else None
     return MotionReference(grid, backbone.revision, method.loss, payloads, kept)
+
+
+def _noised(backbone: Backbone, latents: Tensor, share: float) -> tuple[Tensor, int]:
+    """Noise latents to a share of the training timesteps; return them with the timestep."""
+    if share == 0:
+        return latents, 0
+    solver = backbone.solver(1)
+    timestep = round(share * solver.training_timesteps)
+    noise = torch.randn(latents.shape, generator=torch.Generator("cpu").manual_seed(0))
+    return solver.add_noise(latents, noise.to(latents), timestep), timestep
 
 
 def extract_motion(backbone: Backbone, video: np.ndarray, method: MethodSettings) -> MotionReference:

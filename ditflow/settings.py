@@ -46,16 +46,18 @@ class ModelDefaults:
 class MethodSettings:
     """How motion is transferred (METHODS: AMF, guided sampling).
 
-    name: `none`, `injection` or a motion loss (`ditflow`).
+    name: `none`, `injection` or a motion loss (`ditflow`, `smm`, `moft`, `motionclone`).
     optimize: what the optimiser changes: the `latent` z_t or the `position` embedding.
-    preset: `paper`, or `official` for the released code's learning-rate table, which stops one short.
+    preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
+        short, and SMM's other anchors and cosines.
     blocks: transformer blocks whose attention guides; losses are averaged over them.
     temperature: tau, multiplies the logits of the softmax.
     guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
     iterations: optimiser iterations in each guided step.
     learning_rate: Adam's rate in the first and in the last guided step, linear between.
     injection: also put the reference's keys and values into block 0 during the guided steps.
-    loss_entries: `nonzero` compares where the reference moves, `all` everywhere.
+    loss_entries: `ditflow` compares where the reference moves (`nonzero`), or everywhere (`all`).
+    other_frames: `motionclone` leaves out a place's attention to its own frame.
     """
 
     name: str = "ditflow"
@@ -68,6 +70,7 @@ class MethodSettings:
     learning_rate: tuple[float, float] | None = None
     injection: bool = True
     loss_entries: Literal["nonzero", "all"] = "nonzero"
+    other_frames: bool = False
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")

@@ -7,6 +7,7 @@ H attention heads, d head size, D = H*d.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -70,6 +71,18 @@ class QueriesKeys:
     query: Float[Tensor, "tokens inner"]
     key: Float[Tensor, "tokens inner"]
     heads: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one block makes of the video tokens: its output."""
+
+    tokens: Float[Tensor, "tokens inner"]
+
+
+Capture = QueriesKeys | Features
+"""What a motion loss sees of a block."""
+CaptureKind = Literal["queries_keys", "features"]
 
 
 @dataclass(frozen=True)

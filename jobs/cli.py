@@ -98,7 +98,7 @@ def transfer(
     reference: Annotated[str, typer.Argument(help="Reference video. With --bank it may be left out.")],
     prompt: Annotated[str | None, typer.Argument(help="What the new video shows.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the new video goes.")] = Path("out.mp4"),
-    method: Annotated[str, typer.Option(help="none, injection or ditflow.")] = "ditflow",
+    method: Annotated[str, typer.Option(help="none, injection, motionclone, moft, smm or ditflow.")] = "ditflow",
     optimize: Annotated[str, typer.Option(help="latent or position.")] = "latent",
     bank: Annotated[Path | None, typer.Option(help="Reuse a motion bank: nothing is optimised.")] = None,
     save_bank: Annotated[Path | None, typer.Option(help="Keep the learned positions (--optimize position).")] = None,

@@ -174,7 +174,7 @@ class Job:
     def extraction_settings(self) -> dict[str, Any]:
         """Every setting that decides what is extracted from a reference."""
         settings = self.row_settings()
-        method = {key: settings["method"][key] for key in ("blocks", "loss_entries")}
+        method = {key: settings["method"][key] for key in ("blocks", "loss_entries", "other_frames")}
         return {
             "loss": self.method.loss,
             "latents": self.method.injects,

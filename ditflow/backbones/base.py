@@ -1,22 +1,22 @@
 """What the algorithm asks of a video diffusion transformer. One file per model family implements it.
 
-Everything the methods need fits in four kinds of pass through the transformer: predict (a whole pass), capture
-(stops at the guidance blocks' queries and keys), first_keys_values (stops at block 0's keys and values), and none of
-them copies the model's own forward code.
+Everything the methods need fits in three kinds of pass through the transformer: predict (a whole pass), capture (stops
+at the guidance blocks' queries and keys, or behind those blocks) and first_keys_values (stops at block 0's keys and
+values). None of them copies the model's own forward code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
-from ditflow.types import KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+from ditflow.types import CaptureKind, KeysValues, PositionEmbedding, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Solver(Protocol):
     """One run of a noise scheduler: its timesteps, and the state that some schedulers keep between steps."""
 
     timesteps: Tensor
+    training_timesteps: int
+    """How many the model was trained on."""
 
     def step(self, prediction: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Return the latents of the next step."""
@@ -148,8 +150,9 @@ class Backbone(Protocol):
         blocks: Sequence[int],
         position: PositionEmbedding,
         injected: KeysValues | None = None,
-    ) -> dict[int, QueriesKeys]:
-        """Return the queries and keys of these blocks; nothing behind the last one is computed."""
+        captures: CaptureKind = "queries_keys",
+    ) -> Mapping[int, Any]:
+        """Return the `QueriesKeys` or `Features` of these blocks; nothing behind them is computed."""
         ...
 
     def first_keys_values(self, latents: Tensor, timestep: int, embeds: Tensor) -> KeysValues:

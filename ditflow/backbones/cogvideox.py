@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from ditflow.backbones.base import Geometry
 from ditflow.settings import ExecutionSettings, ModelDefaults
-from ditflow.types import KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+from ditflow.types import Capture, CaptureKind, Features, KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
 
 PIPELINES = ("CogVideoXPipeline",)
 """Pipeline classes of model folders that this file can run."""
@@ -201,10 +202,14 @@ class CogVideoX:
         blocks: Sequence[int],
         position: PositionEmbedding,
         injected: KeysValues | None = None,
-    ) -> dict[int, QueriesKeys]:
-        """Queries and keys of `blocks`, differentiable in the latents and the position; stops at the last block."""
+        captures: CaptureKind = "queries_keys",
+    ) -> dict[int, Any]:
+        """Queries and keys, or features, of `blocks`, differentiable in the latents and the position.
+
+        The pass ends at the last block's queries and keys, or behind it.
+        """
         self.geometry.check_blocks(blocks)
-        hooks = _PassHooks(position, injected=injected, capture=frozenset(blocks), stop_at=max(blocks))
+        hooks = _PassHooks(position, injected=injected, capture=frozenset(blocks), captures=captures)
         self._forward(hooks, latents, timestep, embeds)
         return hooks.captured
 
@@ -244,13 +249,15 @@ class CogVideoX:
     @contextmanager
     def _hooked_block(self, index: int, hooks: _PassHooks) -> Iterator[None]:
         """Let one block attend by our processor."""
-        attention = self.transformer.transformer_blocks[index].attn1
-        original = attention.processor
-        attention.set_processor(_BlockAttention(index, hooks, self.execution.attention_backend))
+        block = self.transformer.transformer_blocks[index]
+        original = block.attn1.processor
+        block.attn1.set_processor(_BlockAttention(index, hooks, self.execution.attention_backend))
+        handle = block.register_forward_hook(partial(hooks.keep_features, index))
         try:
             yield
         finally:
-            attention.set_processor(original)
+            handle.remove()
+            block.attn1.set_processor(original)
 
     @contextmanager
     def _own_additive_position(self, position: PositionEmbedding) -> Iterator[None]:
@@ -315,7 +322,7 @@ class CogVideoX:
         tokens = next(iter(hooks.position.values())).shape[0] + self.transformer.config.max_text_seq_length
         inner = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
-        return per_block * ((hooks.stop_at or 0) + 1) < 0.8 * _free_memory(self.device)
+        return per_block * (max(hooks.capture) + 1) < 0.8 * _free_memory(self.device)
 
     def _settle_execution(self, asked: ExecutionSettings) -> ExecutionSettings:
         """Decide every `auto` that is one decision for the model's whole life, and apply it."""
@@ -338,6 +345,7 @@ class _Solver:
         self._scheduler = copy.deepcopy(scheduler)
         self._scheduler.set_timesteps(steps, device=device)
         self.timesteps: Tensor = self._scheduler.timesteps
+        self.training_timesteps: int = self._scheduler.config.num_train_timesteps
         self._previous_sample: Tensor | None = None
 
     def step(self, prediction: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -373,10 +381,27 @@ class _PassHooks:
     position: PositionEmbedding
     injected: KeysValues | None = None
     capture: frozenset[int] = frozenset()
-    stop_at: int | None = None
+    captures: CaptureKind = "queries_keys"
     stop_at_first_keys_values: bool = False
-    captured: dict[int, QueriesKeys] = field(default_factory=dict)
+    captured: dict[int, Capture] = field(default_factory=dict)
     keys_values: KeysValues | None = None
+
+    def keep_queries_keys(self, block: int, query: Tensor, key: Tensor) -> None:
+        """Keep the video tokens' queries and keys [B, S, H, d] of a captured block."""
+        if self.captures == "queries_keys" and block in self.capture:
+            heads = query.shape[2]
+            self._keep(block, QueriesKeys(query[0].flatten(1), key[0].flatten(1), heads))
+
+    def keep_features(self, block: int, module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        """Keep the video tokens [B, S, D] that a captured block puts out: a forward hook."""
+        if self.captures == "features" and block in self.capture:
+            self._keep(block, Features(output[0][0]))
+
+    def _keep(self, block: int, capture: Capture) -> None:
+        """Keep a capture; end the pass when nothing more is needed."""
+        self.captured[block] = capture
+        if self.capture == self.captured.keys():
+            raise _PassEnded
 
 
 class _BlockAttention:
@@ -409,19 +434,11 @@ class _BlockAttention:
         if image_rotary_emb is not None:
             query = _rotate_video(query, image_rotary_emb, "query", text_tokens)
             key = _rotate_video(key, image_rotary_emb, "key", text_tokens)
-        self._hand_out(query, key, text_tokens)
+        self._hooks.keep_queries_keys(self._block, query[:, text_tokens:], key[:, text_tokens:])
         value = _split_heads(attn, _inject(attn.to_v(tokens), injected, "value"), None)
         attended = dispatch_attention_fn(query, key, value, backend=self._backend)
         output = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         return output[:, text_tokens:], output[:, :text_tokens]
-
-    def _hand_out(self, query: Tensor, key: Tensor, text_tokens: int) -> None:
-        """Keep what this pass is for; end it when nothing more is needed."""
-        if self._block in self._hooks.capture:
-            video_query, video_key = (part[0, text_tokens:].flatten(1) for part in (query, key))
-            self._hooks.captured[self._block] = QueriesKeys(video_query, video_key, heads=query.shape[2])
-        if self._block == self._hooks.stop_at:
-            raise _PassEnded
 
 
 def _split_heads(attn: Any, tokens: Tensor, norm: Any) -> Tensor:

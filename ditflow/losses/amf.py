@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditflow import amf
 from ditflow.losses.base import Payload
-from ditflow.types import QueriesKeys, StaticReferenceError, TokenGrid
+from ditflow.types import CaptureKind, QueriesKeys, StaticReferenceError, TokenGrid
 
 if TYPE_CHECKING:
     from ditflow.settings import MethodSettings
@@ -28,7 +28,8 @@ class AttentionMotionFlowLoss:
     entries: Literal["nonzero", "all"] = "nonzero"
 
     name: ClassVar[str] = "ditflow"
-    captures: ClassVar[Literal["queries_keys"]] = "queries_keys"
+    captures: ClassVar[CaptureKind] = "queries_keys"
+    reference_noise: ClassVar[float] = 0.0
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> AttentionMotionFlowLoss:

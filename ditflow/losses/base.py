@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ditflow.types import QueriesKeys, TokenGrid
+from ditflow.types import CaptureKind, TokenGrid
 
 if TYPE_CHECKING:
     from ditflow.settings import MethodSettings
@@ -19,21 +19,23 @@ Payload = dict[str, Tensor]
 class MotionLoss(Protocol):
     """A motion loss, found by its `name`. It says what it captures, and is computed block by block.
 
-    captures: what it needs of a block; nothing else is computed.
+    captures: what it needs of a block, `queries_keys` or `features`; nothing else is computed.
+    reference_noise: how far the reference is noised before its signal is taken, as a share t/T of all timesteps.
     """
 
     name: ClassVar[str]
-    captures: ClassVar[Literal["queries_keys"]]
+    captures: ClassVar[CaptureKind]
+    reference_noise: ClassVar[float]
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> MotionLoss:
         """Return the loss that resolved settings describe."""
         ...
 
-    def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:
-        """Return the reference's motion signal of one block, compact, on the CPU."""
+    def reference(self, capture: Any, grid: TokenGrid) -> Payload:
+        """Return the reference's motion signal of one block, compact, on the CPU; `capture` is of its kind."""
         ...
 
-    def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Tensor:
+    def __call__(self, capture: Any, payload: Payload, grid: TokenGrid) -> Tensor:
         """Return the loss of one block: a scalar with a gradient."""
         ...

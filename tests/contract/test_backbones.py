@@ -116,6 +116,18 @@ def test_a_capture_hands_out_the_video_tokens_of_the_asked_blocks(model):
         assert gradient.any()
 
 
+def test_features_are_captured_with_their_gradient(model):
+    latents = noise(model).requires_grad_()
+    grid = model.grid(latents)
+    position = model.default_position(grid)
+    captured = model.capture(latents, 0, model.encode_prompt(""), (1, 0), position, captures="features")
+    assert set(captured) == {0, 1}
+    for capture in captured.values():
+        assert capture.tokens.shape[0] == grid.tokens
+        (gradient,) = torch.autograd.grad(capture.tokens.square().sum(), latents, retain_graph=True)
+        assert gradient.any()
+
+
 def test_the_default_blocks_exist(model):
     latents = noise(model)
     blocks = model.defaults.blocks

@@ -83,6 +83,52 @@ def test_captured_queries_and_keys_are_those_of_diffusers_processor(backbone, mo
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_captured_features_are_the_blocks_output(backbone):
+    """Record what diffusers' own blocks hand on, and compare."""
+    latents, embeds = noise(backbone), backbone.encode_prompt("a red ball")
+    position = backbone.default_position(backbone.grid(latents))
+    captured = backbone.capture(latents, 500, embeds, BLOCKS, position, captures="features")
+    outputs = []
+    blocks = backbone.transformer.transformer_blocks
+    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output[0])) for block in blocks]
+    rotary = (position["query_cos"], position["query_sin"]) if "query_cos" in position else None
+    try:
+        with torch.no_grad():
+            backbone.transformer(latents, embeds, torch.tensor([500]), image_rotary_emb=rotary)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for block in BLOCKS:
+        torch.testing.assert_close(captured[block].tokens, outputs[block][0], rtol=1e-4, atol=1e-5)
+
+
+def test_capturing_features_computes_nothing_behind_the_block(backbone):
+    latents, embeds = noise(backbone), backbone.encode_prompt("")
+    position = backbone.default_position(backbone.grid(latents))
+    ran = []
+    blocks = backbone.transformer.transformer_blocks
+    handles = [block.register_forward_pre_hook(lambda m, *_: ran.append(m)) for block in blocks]
+    try:
+        backbone.capture(latents, 500, embeds, (0,), position, captures="features")
+        assert ran == [blocks[0]]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not blocks[0]._forward_hooks, "the model is as it was"
+
+
+def test_checkpointing_changes_no_gradient_of_features(backbone):
+    gradients, latents = [], noise(backbone).requires_grad_()
+    for checkpointing in ("off", "on"):
+        model = tiny_backbone(
+            backbone.name.removeprefix("tiny-"), execution=ExecutionSettings(checkpointing=checkpointing)
+        )
+        position = model.default_position(model.grid(latents))
+        captured = model.capture(latents, 500, model.encode_prompt(""), (1,), position, captures="features")
+        gradients += torch.autograd.grad(captured[1].tokens.square().sum(), latents)
+    torch.testing.assert_close(*gradients)
+
+
 def test_capture_computes_nothing_behind_the_guidance_block(backbone):
     latents, embeds = noise(backbone), backbone.encode_prompt("")
     position = backbone.default_position(backbone.grid(latents))

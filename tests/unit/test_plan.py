@@ -314,6 +314,7 @@ MATTERS = {
     "learning_rate": vary("method", learning_rate=(0.002, 0.002)),
     "injection": vary("method", injection=False),
     "loss_entries": vary("method", loss_entries="all"),
+    "other_frames": vary("method", other_frames=True),
     "steps": vary("sampling", steps=49),
     "guidance_scale": vary("sampling", guidance_scale=6.0),
     "dynamic_guidance_scale": vary("sampling", dynamic_guidance_scale=True),
@@ -436,6 +437,7 @@ def test_all_rows_of_a_reference_share_one_motion_and_no_two_references_do(local
 EXTRACTION = (
     "blocks",
     "loss_entries",
+    "other_frames",
     "injection",
     "method",
     "dtype",

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from tiny import FRAMES, SIZE
 
 from ditflow.artifact import ArtifactError, write_artifact
+from ditflow.losses import MOTION_LOSSES
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
@@ -31,6 +32,22 @@ def rotary_reference(rotary_backbone, moving_video) -> MotionReference:
 # ---------------------------------------------------------------------- extraction
 
 
+def test_motionclones_reference_is_noised_once_to_two_fifths_of_the_timesteps(backbone, moving_video):
+    method = MethodSettings("motionclone", blocks=(1,))
+    motion = extract_motion(backbone, moving_video, method)
+    latents = backbone.encode_video(moving_video)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    alpha_bar = backbone.pipeline.scheduler.alphas_cumprod[400]
+    noised = alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise
+    grid, words = backbone.grid(latents), backbone.encode_prompt("")
+    with torch.no_grad():
+        captured = backbone.capture(noised.float(), 400, words, (1,), backbone.default_position(grid))
+    expected = MOTION_LOSSES["motionclone"].from_settings(method).reference(captured[1], grid)
+    torch.testing.assert_close(motion.payloads[1]["attention"], expected["attention"], rtol=1e-4, atol=1e-5)
+    again = extract_motion(backbone, moving_video, method)
+    assert torch.equal(motion.payloads[1]["attention"], again.payloads[1]["attention"])
+
+
 def test_the_displacement_is_small_integers_of_every_pair_of_frames(reference):
     grid = reference.grid
     assert list(reference.payloads) == [0, 1]
@@ -46,9 +63,9 @@ def test_the_displacement_is_small_integers_of_every_pair_of_frames(reference):
 def test_extraction_is_one_pass_with_the_empty_prompt_at_timestep_0(backbone, moving_video, monkeypatch):
     calls, capture = [], backbone.capture
 
-    def record(latents, timestep, embeds, blocks, position, injected=None):
+    def record(latents, timestep, embeds, blocks, position, injected=None, captures=None):
         calls.append((latents, timestep, embeds, blocks, position, injected))
-        return capture(latents, timestep, embeds, blocks, position, injected)
+        return capture(latents, timestep, embeds, blocks, position, injected, captures)
 
     monkeypatch.setattr(backbone, "capture", record)
     extract_motion(backbone, moving_video, METHOD)

@@ -12,6 +12,7 @@ import torch
 from tiny import FRAMES, SIZE
 
 from ditflow.denoise import guidance_scale
+from ditflow.losses import MOTION_LOSSES
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, transfer_latents, transfer_motion
@@ -26,6 +27,20 @@ PLAIN = MethodSettings("none")
 def generate(backbone, reference=None, method: MethodSettings = METHOD, **options) -> Transferred:
     given = {"sampling": SAMPLING, "seed": 1, "size": CLIP} | options
     return transfer_motion(backbone, PROMPT, reference=reference, method=method, **given)
+
+
+# ---------------------------------------------------------------------- every loss
+
+
+@pytest.mark.parametrize("optimize", ["latent", "position"])
+@pytest.mark.parametrize("name", sorted(MOTION_LOSSES))
+def test_every_loss_guides_by_latents_and_by_position(backbone, moving_video, name, optimize):
+    method = replace(METHOD, name=name, optimize=optimize, iterations=6, learning_rate=(0.002, 0.002))
+    guided, plain = generate(backbone, moving_video, method), generate(backbone, method=PLAIN)
+    (losses,) = guided.losses
+    assert losses[-1] < losses[0]
+    assert not torch.equal(guided.latents, plain.latents)
+    assert (guided.bank is not None) == (optimize == "position")
 
 
 # ---------------------------------------------------------------------- seeds

@@ -1,0 +1,68 @@
+"""SMM's loss: how the mean features of frames differ from each other (Space-Time Diffusion Features, arXiv 2311.17009).
+
+An adaptation: the original takes the features of a UNet's decoder, this one those of a transformer's block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ditflow.losses.base import Payload
+from ditflow.types import CaptureKind, Features, StaticReferenceError, TokenGrid
+
+if TYPE_CHECKING:
+    from ditflow.settings import MethodSettings
+
+
+@dataclass(frozen=True)
+class SpaceTimeMeanLoss:
+    """Pairwise differences of the spatial means m_i of frames, reference against generated: 1 - cosine.
+
+    For every anchor i, m_j - m_i of both videos are compared over channels, and averaged over anchors and the other
+    frames (an anchor's difference to itself is zero and has no direction).
+    official: as in the released code, generated means too are taken relative to the reference's m_i, and the cosines
+    run over time, channel by channel.
+    """
+
+    official: bool = False
+
+    name: ClassVar[str] = "smm"
+    captures: ClassVar[CaptureKind] = "features"
+    reference_noise: ClassVar[float] = 0.0
+
+    @classmethod
+    def from_settings(cls, method: MethodSettings) -> SpaceTimeMeanLoss:
+        """Return the loss that resolved settings describe."""
+        return cls(official=method.preset == "official")
+
+    def reference(self, capture: Features, grid: TokenGrid) -> Payload:
+        """Return {"means": fp32 [F, D]}; StaticReferenceError if all frames have the same."""
+        means = _frame_means(capture, grid)
+        if torch.equal(means, means[:1].expand_as(means)):
+            raise StaticReferenceError(
+                "the reference's mean features are the same in every frame: there is no motion to transfer. Choose a "
+                "longer range of frames or a larger stride."
+            )
+        return {"means": means.detach().cpu()}
+
+    def __call__(self, capture: Features, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
+        """Return the mean of 1 - cosine, in [0, 2]."""
+        reference, means = payload["means"].to(capture.tokens.device), _frame_means(capture, grid)
+        wanted = reference[None] - reference[:, None]
+        if self.official:
+            return (1 - cosine_similarity(means[None] - reference[:, None], wanted, dim=1)).mean()
+        cosines = cosine_similarity(means[None] - means[:, None], wanted, dim=2)
+        others = ~torch.eye(grid.frames, dtype=torch.bool, device=cosines.device)
+        return (1 - cosines[others]).mean()
+
+
+def _frame_means(capture: Features, grid: TokenGrid) -> Float[Tensor, "frames inner"]:
+    """Spatial means of the frames' features, in fp32."""
+    grid.check_tokens(capture.tokens.shape[0])
+    return capture.tokens.float().unflatten(0, (grid.frames, grid.patches)).mean(dim=1)
