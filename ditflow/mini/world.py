@@ -382,12 +382,13 @@ def _pattern(texture: str, x: Array, y: Array, radius: Array) -> Array:
 
 
 def _sprite_colours(look: Appearance, x: Array, y: Array, depth: Array, radius: Array) -> Array:
-    """Return the RGB [N, 3] of points: pattern, light from the upper left, a dark rim one pixel wide.
+    """Return the RGB [N, 3] of points: pattern, strong light from the upper left, a dark rim one pixel wide.
 
+    The light makes every part of a sprite look a little different, so that its motion can be seen.
     `depth` [N] and `radius` [N] are in pixels.
     """
     colour, accent = np.array(COLOURS[look.colour], np.float32)
-    light = np.clip(0.96 - 0.2 * (x + y), 0.7, 1.12) * np.clip(0.25 + 0.5 * depth, 0.45, 1)
+    light = np.clip(0.88 - 0.32 * (x + y), 0.45, 1.15) * np.clip(0.25 + 0.5 * depth, 0.45, 1)
     share = _pattern(look.texture, x, y, radius)
     return (colour + share[:, None] * (accent - colour)) * light[:, None]
 

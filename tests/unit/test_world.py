@@ -106,7 +106,7 @@ def test_the_pixels_of_a_mask_show_the_sprites_colour():
     for colour, (rgb, _) in COLOURS.items():
         clip = render(scene_of(Path((0.0, 0.0)), look=Appearance("ball", colour)), frames=1)
         shown = clip.frames[0][cv2.erode(clip.masks[0, 0].astype(np.uint8), np.ones((7, 7))) > 0]
-        assert np.abs(shown.mean(axis=0) - rgb).max() < 20
+        assert np.abs(shown.mean(axis=0) - 0.88 * np.array(rgb)).max() < 20, "in the middle, 0.88 of the full light"
 
 
 def test_sampled_sprites_are_large_travel_far_and_stay_in_the_picture():
