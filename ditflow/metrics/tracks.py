@@ -4,7 +4,8 @@ Axis letters: T frames, H rows, W columns of pixels; N tracked points.
 
 Both trackers start from the same evenly spaced points of the first frame and follow them from frame to frame. A
 point is lost for good when it leaves the picture, or when following it back from the next frame misses its place by
-more than `LARGEST_RETURN_ERROR`. Coordinates are (x, y); whole ones are pixel centres.
+more than `LARGEST_RETURN_ERROR`. Coordinates are (x, y); whole ones are pixel centres. The third tracker, for users
+who have its weights, is in `cotracker.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -31,11 +33,15 @@ SMALLEST_SIDE = 16
 DIS_HALVES_FROM = 256
 """Pixels of the smaller side from which the dense flow is found at half the resolution: as good there, in a quarter
 of the time. In a 64x64 clip half the resolution would blur small things into their surroundings."""
+COTRACKER = "cotracker3"
+"""Name of the tracker that needs weights."""
 
 Picture = UInt8[np.ndarray, "height width"]
 Points = Float32[np.ndarray, "points 2"]
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From two neighbouring grey frames and points of the first: where they are in the second, and their return errors."""
+Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From two grey pictures uint8 [H, W] to the displacements float32 [H, W, 2] of the first one's pixels, (x, y)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +70,24 @@ class Tracks:
             )
 
 
-def track(frames: np.ndarray, tracker: str = "lucas-kanade") -> Tracks:
-    """Return the tracks of a clip, frames uint8 [T, H, W, 3] RGB, by a tracker of `TRACKERS`.
+def track(frames: np.ndarray, tracker: str = "lucas-kanade", weights: str | Path | None = None) -> Tracks:
+    """Return the tracks of a clip, frames uint8 [T, H, W, 3] RGB, by a tracker of `TRACKERS` or by CoTracker3.
 
-    Raises ValueError for an unknown tracker, another type or shape, fewer than 2 frames, or pictures with a side
-    below `SMALLEST_SIDE`.
+    weights: the TorchScript file of "cotracker3", for this tracker alone; it is read at every call. For many clips,
+    or for a GPU, load it once with `ditflow.metrics.cotracker.cotracker`.
+
+    Raises ValueError for an unknown tracker, weights that are missing or not expected, another type or shape, fewer
+    than 2 frames, or pictures with a side below `SMALLEST_SIDE`.
     """
-    if tracker not in TRACKERS:
-        raise ValueError(f"{tracker!r} is no tracker. The trackers are: {', '.join(TRACKERS)}.")
+    if tracker not in (*TRACKERS, COTRACKER):
+        raise ValueError(f"{tracker!r} is no tracker. The trackers are: {', '.join(TRACKERS)}, {COTRACKER}.")
+    if tracker == COTRACKER:
+        return _by_cotracker(frames, weights)
+    if weights is not None:
+        raise ValueError(
+            f"the weights {weights} came with the tracker {tracker}, expected none: it has no weights. Most likely "
+            f"{COTRACKER} is meant."
+        )
     return TRACKERS[tracker](frames)
 
 
@@ -80,7 +96,7 @@ def lucas_kanade_tracks(frames: np.ndarray) -> Tracks:
 
     Takes and raises what `track` does. Points without texture around them are lost, too.
     """
-    _check_frames(frames)
+    check_frames(frames)
     window, levels = _window_and_levels(min(frames.shape[1:3]))
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.003)
 
@@ -103,13 +119,12 @@ def dis_tracks(frames: np.ndarray) -> Tracks:
 
     Takes and raises what `track` does. Points without texture move with their surroundings.
     """
-    _check_frames(frames)
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flow.setFinestScale(0 if min(frames.shape[1:3]) < DIS_HALVES_FROM else 1)
+    check_frames(frames)
+    flow = dis_flow(*frames.shape[1:3])
 
     def step(before: Picture, after: Picture, points: Points) -> tuple[Points, np.ndarray]:
-        arrived = points + _at(flow.calc(before, after, None), points)
-        returned = arrived + _at(flow.calc(after, before, None), arrived)
+        arrived = points + _at(flow(before, after), points)
+        returned = arrived + _at(flow(after, before), arrived)
         return arrived, _distance(returned, points)
 
     return _follow(frames, step)
@@ -119,11 +134,24 @@ TRACKERS: dict[str, Callable[[np.ndarray], Tracks]] = {"lucas-kanade": lucas_kan
 """Trackers by name, from frames uint8 [T, H, W, 3] RGB to tracks."""
 
 
+def dis_flow(height: int, width: int) -> Flow:
+    """Return the dense inverse search flow (DIS) for pictures of a size in pixels, as `dis_tracks` uses it."""
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow.setFinestScale(0 if min(height, width) < DIS_HALVES_FROM else 1)
+    return lambda before, after: flow.calc(before, after, None)
+
+
 def query_grid(height: int, width: int) -> Points:
     """Return evenly spaced points [N, 2] of a picture, (x, y) in pixels, row by row: centres of equal cells."""
     spacing = max(1.0, min(height, width) / POINTS_PER_SIDE)
     x, y = ((np.arange(count := round(side / spacing)) + 0.5) * side / count - 0.5 for side in (width, height))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2).astype(np.float32)
+
+
+def inside(points: Float32[np.ndarray, "*many 2"], height: int, width: int) -> Bool[np.ndarray, "*many"]:
+    """Return which points (x, y) are on a pixel of the picture; those that are not finite are not."""
+    x, y = points[..., 0], points[..., 1]
+    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def _follow(frames: UInt8[np.ndarray, "frames height width 3"], step: Step) -> Tracks:
@@ -132,20 +160,25 @@ def _follow(frames: UInt8[np.ndarray, "frames height width 3"], step: Step) -> T
     seen = [np.ones(len(places[0]), bool)]
     for before, after in pairwise(grey):
         arrived, error = step(before, after, places[-1])
-        kept = seen[-1] & (error <= LARGEST_RETURN_ERROR) & _inside(arrived, after)
+        kept = seen[-1] & (error <= LARGEST_RETURN_ERROR) & inside(arrived, *after.shape)
         places.append(np.where(kept[:, None], arrived, places[-1]))
         seen.append(kept)
     return Tracks(np.stack(places, axis=1), np.stack(seen, axis=1))
 
 
+def _by_cotracker(frames: np.ndarray, weights: str | Path | None) -> Tracks:
+    if weights is None:
+        raise ValueError(
+            f"the tracker {COTRACKER} came without weights, expected the path to its TorchScript file: they are never "
+            f"downloaded. Pass the file that you exported, or use {' or '.join(TRACKERS)}, which need none."
+        )
+    from ditflow.metrics.cotracker import cotracker  # which imports this file
+
+    return cotracker(weights)(frames)
+
+
 def _distance(points: Points, others: Points) -> Float32[np.ndarray, " points"]:
     return np.hypot(*(points - others).T)
-
-
-def _inside(points: Points, picture: Picture) -> Bool[np.ndarray, " points"]:
-    height, width = picture.shape
-    x, y = points.T
-    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def _at(field: Float32[np.ndarray, "height width 2"], points: Points) -> Points:
@@ -163,12 +196,18 @@ def _window_and_levels(side: int) -> tuple[int, int]:
     return window, int(math.log2(side / SMALLEST_SIDE))
 
 
-def _check_frames(frames: np.ndarray) -> None:
+def check_pictures(frames: np.ndarray) -> None:
+    """Raise ValueError if frames are not uint8 [T, H, W, 3]."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(
             f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] RGB. Pictures in 0..1 must "
             "be multiplied by 255 and rounded; channels come last."
         )
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raise ValueError if motion cannot be found in frames, which must be what `track` takes."""
+    check_pictures(frames)
     if len(frames) < 2 or min(frames.shape[1:3]) < SMALLEST_SIDE:
         raise ValueError(
             f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} pixels came, expected 2 or more of at least "

@@ -1,0 +1,181 @@
+"""CLIP similarities: does a video show what its prompt says, and does it keep showing the same?
+
+Axis letters: T frames, H rows, W columns of pixels.
+
+The weights are the user's: a folder in the layout of transformers, such as ViT-B/32, the one of the published numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel
+from transformers.utils import logging as transformers_logging
+
+from ditflow.metrics.tracks import check_pictures
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # transformers 4, where the processor of this name is the one without torchvision
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
+BATCH = 32
+"""Frames that go through the image encoder at once: some 0.15 GB for ViT-B/32, however long the clip is."""
+
+PARTS = (
+    ("config.json",),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("tokenizer.json", "vocab.json and merges.txt"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
+"""What a CLIP folder consists of, each part with the files of which one is enough, or one pair."""
+
+
+class ClipModel:
+    """A CLIP from a local folder, in 32 bits on a torch device.
+
+    folder: what `save_pretrained` of transformers' CLIPModel, tokenizer and image processor wrote, or a hub download.
+    Only safetensors are read, no code of the folder is run, and nothing is downloaded. Pictures are resized, cropped
+    in the centre and normalised by PIL as the folder's preprocessor_config.json says, on every machine alike.
+
+    Raises ValueError if there is no such folder, it is not CLIP's, or it lacks a part; the message names which.
+    """
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        path = Path(folder)
+        _check_folder(path)
+        self.device = torch.device(device)
+        self._model = _weights(path).to(self.device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        self._processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
+        _check_vocabulary(path, self._tokenizer, self._model.config.text_config)
+
+    @torch.no_grad()
+    def embed_frames(self, frames: np.ndarray) -> Float64[Tensor, "frames embedding"]:
+        """Return the embeddings of frames uint8 [T, H, W, 3] RGB, of length 1, on the CPU; `BATCH` frames at once."""
+        _check_count(frames, 1)
+        batches = [self._embed_batch(frames[start : start + BATCH]) for start in range(0, len(frames), BATCH)]
+        return _unit(torch.cat(batches))
+
+    @torch.no_grad()
+    def embed_prompt(self, prompt: str) -> Float64[Tensor, " embedding"]:
+        """Return the embedding of a prompt, of length 1, on the CPU.
+
+        Tokens beyond the text encoder's positions (77 in all released CLIPs, the start and end included) are cut.
+        """
+        positions = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer([prompt], truncation=True, max_length=positions, return_tensors="pt")
+        encoded = self._model.text_model(input_ids=tokens["input_ids"].to(self.device))
+        return _unit(self._model.text_projection(encoded.pooler_output))[0]
+
+    def _embed_batch(self, frames: np.ndarray) -> Tensor:
+        pixels = self._processor(list(frames), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        return self._model.visual_projection(
+            self._model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        )
+
+
+def prompt_similarity(model: ClipModel, frames: np.ndarray, prompt: str) -> float:
+    """Return the mean over frames, uint8 [T, H, W, 3] RGB, of the cosine of their and the prompt's embeddings.
+
+    The IQ of DiTFlow (arXiv 2412.07776), by ViT-B/32; published are 0.31 to 0.32 for CogVideoX-5B and all methods.
+    Only the beginning of a long prompt counts, see `ClipModel.embed_prompt`. The order of frames does not matter.
+
+    Raises ValueError for frames of another type or shape, or none.
+    """
+    return float((model.embed_frames(frames) @ model.embed_prompt(prompt)).mean())
+
+
+def frame_consistency(model: ClipModel, frames: np.ndarray) -> float:
+    """Return the mean cosine of the embeddings of neighbouring frames, uint8 [T, H, W, 3] RGB; 1 for a static clip.
+
+    Raises ValueError for frames of another type or shape, or fewer than 2.
+    """
+    _check_count(frames, 2)
+    embeddings = model.embed_frames(frames)
+    return float((embeddings[:-1] * embeddings[1:]).sum(dim=-1).mean())
+
+
+def _unit(embeddings: Tensor) -> Float64[Tensor, "rows embedding"]:
+    return torch.nn.functional.normalize(embeddings.cpu().double(), dim=-1)
+
+
+def _weights(folder: Path) -> Any:
+    transformers_logging.disable_progress_bar()  # gone before it can be read
+    try:
+        model, info = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights in {folder} do not load ({error}). Most likely the file is damaged, or belongs to another "
+            "config.json; copy the folder again."
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the weights in {folder} lack {len(info['missing_keys'])} tensors, such as "
+            f"{min(info['missing_keys'])}, which would be left random. Most likely they are of one half of CLIP only; "
+            "save the whole CLIPModel."
+        )
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder, expected one with a CLIP model. Models are never downloaded; check the path."
+        )
+    _check_parts(folder)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "clip":
+        raise ValueError(
+            f"{folder} is no CLIP folder: its config.json has the model_type {kind!r}, expected 'clip'. Other models "
+            "give other scales; pass CLIP ViT-B/32 for the published ones."
+        )
+
+
+def _check_parts(folder: Path) -> None:
+    missing = [" or ".join(part) for part in PARTS if not any(_has(folder, files) for files in part)]
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if missing and all(part.startswith("model.safetensors") for part in missing) and pickles:
+        raise ValueError(
+            f"{folder} has its weights only as {pickles[0]}, expected model.safetensors: pickles are not read because "
+            "unpickling runs what they contain. Where you trust it, convert it by "
+            "CLIPModel.from_pretrained(folder).save_pretrained(folder)."
+        )
+    if missing:
+        raise ValueError(
+            f"{folder} is no CLIP folder: it lacks {'; '.join(missing)}. Pass a folder into which CLIPModel, tokenizer "
+            "and image processor were saved, or a complete hub download."
+        )
+
+
+def _has(folder: Path, files: str) -> bool:
+    return all((folder / file).is_file() for file in files.split(" and "))
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any, text: Any) -> None:
+    # Of a prompt without the model's end token, CLIP silently embeds the start alone. 2 is the id in older releases,
+    # where transformers takes the largest id instead.
+    if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens with {tokenizer.eos_token_id} at the end, its text "
+            f"encoder {text.vocab_size} with {text.eos_token_id}. Most likely they are of two models; copy both from "
+            "one."
+        )
+
+
+def _check_count(frames: np.ndarray, least: int) -> None:
+    check_pictures(frames)
+    if len(frames) < least:
+        raise ValueError(
+            f"{len(frames)} frames came, expected {least} or more: one frame has no neighbour, and none has no mean. "
+            "Check how the clip was decoded."
+        )
