@@ -41,7 +41,7 @@ from ditflow.backbones import load
 from ditflow.backbones.base import Backbone
 from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
 from ditflow.mini.measure import block_scores
-from ditflow.mini.world import prompt_of, render, sample_scene
+from ditflow.mini.world import TrueMotion, prompt_of, render, sample_scene, true_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 
@@ -83,11 +83,18 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=1600, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
+    "vae": Recipe(steps=2800, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
     "decoder": Recipe(steps=1200, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "rotary": Recipe(steps=5000, batch=16, learning_rate=4e-3),
-    "additive": Recipe(steps=5000, batch=16, learning_rate=4e-3),
+    "rotary": Recipe(steps=7000, batch=16, learning_rate=4e-3),
+    "additive": Recipe(steps=7000, batch=16, learning_rate=4e-3),
 }
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "rotary": {"blocks": [5]},
+    "additive": {"blocks": [5]},
+}
+"""What guides best, by `python -m benchmarks.mini_sweep`; every folder carries its own in `ditflow.json`."""
 
 
 class Training:
@@ -448,6 +455,11 @@ def encode_clips(vae: AutoencoderKLCogVideoX, seeds: Sequence[int], dtype: torch
 # ---- the transformers
 
 PROMPT_DROPOUT = 0.1
+CORRESPONDENCE_WEIGHT = 0.05
+TEMPERATURE = 2.0
+"""Of the softmax in which motion is read from attention."""
+GRID = ((FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+"""Latent frames, and patches along height and width."""
 
 
 def velocity(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -482,6 +494,17 @@ class Denoiser:
     device: torch.device
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        for block in self.pipeline.transformer.transformer_blocks:
+            if self.device.type == "cpu" or block is self.taught_block:
+                block.attn1.set_processor(SpelledOutAttention(keeps=block is self.taught_block))
+
+    @property
+    def taught_block(self) -> Any:
+        """The block whose attention is taught to follow true motion: at half depth, where CogVideoX is guided too."""
+        blocks = self.pipeline.transformer.transformer_blocks
+        return blocks[len(blocks) // 2]
+
     @property
     def model(self) -> nn.ModuleDict:
         """What is trained."""
@@ -493,8 +516,13 @@ class Denoiser:
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         return self.pipeline.tokenizer(list(prompts), **options).input_ids
 
-    def loss(self, clean: Tensor, words: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the mean squared error of the predicted velocity of latents [B, F, C, h, w]; words [B, L]."""
+    def loss(
+        self, clean: Tensor, words: Tensor, generator: torch.Generator, motion: Sequence[TrueMotion] = ()
+    ) -> Tensor:
+        """Return the mean squared error of the predicted velocity of latents [B, F, C, h, w]; words [B, L].
+
+        With the clips' true motion, the correspondence loss of the taught block is added.
+        """
         alphas = self.pipeline.scheduler.alphas_cumprod.float()
         timesteps = draw_timesteps(len(clean), len(alphas), generator)
         noise = torch.randn(clean.shape, generator=generator)
@@ -510,7 +538,11 @@ class Denoiser:
                 image_rotary_emb=self._rotary(clean.shape[1]),
                 return_dict=False,
             )[0]
-        return functional.mse_loss(predicted.float(), target)
+        loss = functional.mse_loss(predicted.float(), target)
+        if not motion:
+            return loss
+        queries, keys = self.taught_block.attn1.processor.taken()
+        return loss + CORRESPONDENCE_WEIGHT * correspondence_loss(queries, keys, motion)
 
     def _rotary(self, frames: int) -> tuple[Tensor, Tensor] | None:
         if not self.pipeline.transformer.config.use_rotary_positional_embeddings:
@@ -519,7 +551,20 @@ class Denoiser:
 
 
 class SpelledOutAttention:
-    """diffusers' attention with a spelled-out softmax: on a CPU in 16 bits twice as fast as torch's fused kernel."""
+    """diffusers' attention with a spelled-out softmax: on a CPU in 16 bits twice as fast as torch's fused kernel.
+
+    keeps: hold the queries and keys of the latest call until they are taken.
+    """
+
+    def __init__(self, keeps: bool = False):
+        self._keeps = keeps
+        self._queries_keys: tuple[Tensor, Tensor] | None = None
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Hand out the video tokens' queries and keys [B, H, S, d] of the latest call, once."""
+        queries_keys, self._queries_keys = self._queries_keys, None
+        assert queries_keys is not None, "nothing was attended since the last time"
+        return queries_keys
 
     def __call__(
         self,
@@ -541,10 +586,46 @@ class SpelledOutAttention:
                 torch.cat([part[:, :, :text], apply_rotary_emb(part[:, :, text:], image_rotary_emb)], dim=2)
                 for part in (query, key)
             )
+        if self._keeps:
+            self._queries_keys = (query[:, :, text:], key[:, :, text:])
         weights = (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1)
         attended = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         output = attn.to_out[1](attn.to_out[0](attended))
         return output[:, text:], output[:, :text]
+
+
+def correspondence_loss(queries: Tensor, keys: Tensor, motion: Sequence[TrueMotion]) -> Tensor:
+    """Return how badly attention finds where things went: the cross-entropy of AMF's softmax, half for sprites.
+
+    queries, keys: video tokens [B, H, F*P, d]. The logits are AMF's: the mean over heads, times `TEMPERATURE`, and a
+    softmax over the patches of every other frame. Its target is the place of the point under a patch's centre, shared
+    out among the four patches around it, as long as the point is visible.
+    """
+    frames, height, width = GRID
+    heads, _, head_dim = queries.shape[1:]
+    queries, keys = (part.transpose(1, 2).flatten(2) for part in (queries, keys))
+    logits = (queries @ keys.mT).float() * (TEMPERATURE / (heads * math.sqrt(head_dim)))
+    by_frame = logits.view(-1, frames, height * width, frames, height * width).transpose(2, 3)
+    place = torch.from_numpy(np.stack([clip.displacement for clip in motion])) + _patch_coordinates()
+    target = _shared_out(place[..., 1], height).unsqueeze(-1) * _shared_out(place[..., 0], width).unsqueeze(-2)
+    cost = -(target.flatten(-2).to(logits.device) * by_frame.log_softmax(-1)).sum(-1)
+    seen = (
+        torch.from_numpy(np.stack([clip.visible for clip in motion])) & ~torch.eye(frames, dtype=torch.bool)[..., None]
+    )
+    sprite = torch.from_numpy(np.stack([clip.owner for clip in motion]) >= 0)[:, :, None]
+    return torch.stack([cost[(seen & kind).to(cost.device)].mean() for kind in (sprite, ~sprite)]).mean()
+
+
+def _patch_coordinates() -> Tensor:
+    """Coordinates (x, y) of the patches [P, 2]."""
+    _, height, width = GRID
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1).float()
+
+
+def _shared_out(place: Tensor, size: int) -> Tensor:
+    """Linear weights [..., size] of places [...] along an axis of `size` patches; outer places go to the border."""
+    distance = place.clamp(0, size - 1)[..., None] - torch.arange(size)
+    return (1 - distance.abs()).clamp(min=0)
 
 
 def train_transformer(kind: str, run: Run) -> bool:
@@ -556,13 +637,13 @@ def train_transformer(kind: str, run: Run) -> bool:
     pipeline.vae = vae
     denoiser, recipe = Denoiser(pipeline, run.device, run.dtype), run.recipe(kind)
     model = denoiser.model.to(run.device)
-    if run.device.type == "cpu":
-        pipeline.transformer.set_attn_processor(SpelledOutAttention())
 
     def loss_at(step: int) -> Tensor:
         clips = np.random.default_rng((run.seed, step)).integers(len(latents), size=recipe.batch)
-        words = denoiser.words([prompt_of(sample_scene(int(clip))) for clip in clips])
-        return denoiser.loss(latents.take(clips.tolist()), words, _randomness(run.seed, step))
+        scenes = [sample_scene(int(clip)) for clip in clips]
+        words = denoiser.words([prompt_of(scene) for scene in scenes])
+        motion = [true_motion(scene, (FRAMES, HEIGHT, WIDTH), GRID) for scene in scenes]
+        return denoiser.loss(latents.take(clips.tolist()), words, _randomness(run.seed, step), motion)
 
     def on_sample(training: Training) -> None:
         with training.averaged():
@@ -576,8 +657,8 @@ def export(pipeline: CogVideoXPipeline, folder: Path) -> Path:
     """Write an ordinary diffusers folder in 16 bits, with the model's own defaults beside it; return the folder."""
     with _replacing(folder) as temporary:
         half_precision_copy(pipeline).save_pretrained(temporary)
-        defaults = {"blocks": [pipeline.transformer.config.num_layers - 1]}
-        (temporary / "ditflow.json").write_text(json.dumps(defaults, indent=2) + "\n")
+        kind = "rotary" if pipeline.transformer.config.use_rotary_positional_embeddings else "additive"
+        (temporary / "ditflow.json").write_text(json.dumps(DEFAULTS[kind], indent=2) + "\n")
     return folder
 
 
@@ -629,7 +710,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     seed: int = 0
-    clips: int = 12_000
+    clips: int = 6_000
     steps: int | None = None
     deadline: float = math.inf
 

@@ -578,24 +578,9 @@ class WorldClip:
     def displacement(
         self, grid_frames: int, grid_height: int, grid_width: int, temporal_compression: int = 4
     ) -> TrueMotion:
-        """Return where the point under each patch centre of each latent frame is in every latent frame.
-
-        A latent frame stands for the middle of its pixel frames, see `latent_frame_times`. Raises ValueError
-        when the latent frames do not span the clip.
-        """
-        frames, height, width = self.frames.shape[:3]
-        if (grid_frames - 1) * temporal_compression + 1 != frames:
-            expected = (frames - 1) / temporal_compression + 1
-            raise ValueError(
-                f"{grid_frames} latent frames at temporal compression {temporal_compression} do not span "
-                f"a clip of {frames} frames: expected {expected:g} latent frames."
-            )
-        view = _View(frames, height, width)
-        time = view.scene_time(latent_frame_times(grid_frames, temporal_compression))
-        patch = np.array([width / grid_width, height / grid_height])
-        rows, columns = np.divmod(np.arange(grid_height * grid_width), grid_width)
-        centres = (np.stack([columns, rows], axis=-1) + 0.5) * patch - 0.5
-        return _true_motion(self.scene, (centres - view.middle) / view.scale, time, view, patch)
+        """Return the true motion on a grid, see `true_motion`."""
+        grid = (grid_frames, grid_height, grid_width)
+        return true_motion(self.scene, self.frames.shape[:3], grid, temporal_compression)
 
 
 @dataclass(frozen=True, eq=False)
@@ -686,6 +671,30 @@ def latent_frame_times(latent_frames: int, temporal_compression: int = 4) -> Arr
     """
     later = temporal_compression * (np.arange(latent_frames) - 1) + (temporal_compression + 1) / 2
     return np.maximum(later, 0.0)
+
+
+def true_motion(
+    scene: Scene, size: tuple[int, int, int], grid: tuple[int, int, int], temporal_compression: int = 4
+) -> TrueMotion:
+    """Return where the point under each patch centre of each latent frame is in every latent frame.
+
+    size: frames, height and width of the clip in pixels; grid: latent frames and patches along height and width.
+    A latent frame stands for the middle of its pixel frames, see `latent_frame_times`. Raises ValueError when the
+    latent frames do not span the clip.
+    """
+    (frames, height, width), (grid_frames, grid_height, grid_width) = size, grid
+    if (grid_frames - 1) * temporal_compression + 1 != frames:
+        expected = (frames - 1) / temporal_compression + 1
+        raise ValueError(
+            f"{grid_frames} latent frames at temporal compression {temporal_compression} do not span "
+            f"a clip of {frames} frames: expected {expected:g} latent frames."
+        )
+    view = _View(frames, height, width)
+    time = view.scene_time(latent_frame_times(grid_frames, temporal_compression))
+    patch = np.array([width / grid_width, height / grid_height])
+    rows, columns = np.divmod(np.arange(grid_height * grid_width), grid_width)
+    centres = (np.stack([columns, rows], axis=-1) + 0.5) * patch - 0.5
+    return _true_motion(scene, (centres - view.middle) / view.scale, time, view, patch)
 
 
 def _true_motion(scene: Scene, points: Array, time: Array, view: _View, patch: Array) -> TrueMotion:

@@ -4,12 +4,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch import nn
 
+from ditflow.amf import hard_displacement
 from ditflow.backbones import load
 from ditflow.mini import train
 from ditflow.mini.build import build_pipeline
-from ditflow.mini.world import prompt_of, sample_scene
+from ditflow.mini.measure import flow_score
+from ditflow.mini.world import prompt_of, sample_scene, true_motion
+from ditflow.types import QueriesKeys, TokenGrid
 
 CPU = torch.device("cpu")
 RECIPE = train.Recipe(steps=6, batch=2, learning_rate=2e-3, warmup_steps=1, decay_share=0.5, checkpoint_steps=3)
@@ -96,9 +100,53 @@ def test_spelled_out_attention_is_diffusers_attention(denoiser):
         with torch.no_grad():
             return denoiser.loss(torch.ones(2, 5, 16, 16, 16), denoiser.words(["a ball", ""]), train._randomness(0, 0))
 
-    expected = predict()
-    denoiser.pipeline.transformer.set_attn_processor(train.SpelledOutAttention())
-    torch.testing.assert_close(predict(), expected)
+    ours = predict()
+    denoiser.pipeline.transformer.set_attn_processor(CogVideoXAttnProcessor2_0())
+    torch.testing.assert_close(ours, predict())
+
+
+# ---- the correspondence
+
+
+def true_motions(*seeds: int):
+    return [true_motion(sample_scene(seed), (17, 64, 64), train.GRID) for seed in seeds]
+
+
+def test_attention_that_knows_nothing_costs_the_logarithm_of_the_patches():
+    indifferent = torch.zeros(2, 4, 320, 32)
+    loss = train.correspondence_loss(indifferent, torch.randn(2, 4, 320, 32), true_motions(0, 1))
+    assert loss.item() == pytest.approx(np.log(64), rel=1e-5)
+
+
+def test_attention_that_is_taught_sees_the_true_motion():
+    """Free queries and keys, taught for a while, give the true flow through AMF's own code."""
+    motion = true_motions(3)
+    queries, keys = (torch.randn(1, 4, 320, 32, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([queries, keys], lr=0.05)
+    for _ in range(80):
+        optimizer.zero_grad()
+        train.correspondence_loss(queries, keys, motion).backward()
+        optimizer.step()
+    video = QueriesKeys(*(part[0].detach().transpose(0, 1).flatten(1) for part in (queries, keys)), heads=4)
+    score = flow_score(hard_displacement(video, TokenGrid(*train.GRID)).numpy(), motion[0])
+    assert score.sprite_error < 0.55, "0.4 is lost by whole patches"
+    assert score.ground_error < 0.55
+
+
+def test_the_taught_block_is_at_half_depth_and_its_attention_gets_the_gradient():
+    pipeline = build_pipeline(rotary=True, layers=4)
+    denoiser = train.Denoiser(pipeline, CPU, torch.float32)
+    assert denoiser.taught_block is pipeline.transformer.transformer_blocks[2]
+    latents, words = torch.randn(1, 5, 16, 16, 16), denoiser.words(["a ball"])
+
+    def gradient(motion):
+        denoiser.model.zero_grad()
+        denoiser.loss(latents, words, train._randomness(0, 0), motion).backward()
+        return [block.attn1.to_q.weight.grad.clone() for block in pipeline.transformer.transformer_blocks]
+
+    differ = [not torch.equal(*pair) for pair in zip(gradient(()), gradient(true_motions(0)), strict=True)]
+    assert train.half_precision_copy(pipeline).transformer.dtype == torch.float16, "nothing of the pass is left behind"
+    assert differ == [True, True, True, False]
 
 
 # ---- the optimisation
@@ -257,7 +305,8 @@ def test_latents_of_another_encoder_are_refused_and_a_new_decoder_changes_nothin
 def test_an_exported_folder_is_a_backbone_with_its_own_defaults(denoiser, tmp_path):
     folder = train.export(denoiser.pipeline, tmp_path / "mini")
     backbone = load(str(folder))
-    assert backbone.defaults.blocks == (0,)
+    kind = "rotary" if denoiser.pipeline.transformer.config.use_rotary_positional_embeddings else "additive"
+    assert list(backbone.defaults.blocks) == train.DEFAULTS[kind]["blocks"]
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "CogVideoXPipeline"
     for name, weight in denoiser.pipeline.transformer.named_parameters():
         torch.testing.assert_close(backbone.transformer.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
