@@ -58,6 +58,7 @@ class MethodSettings:
     injection: also put the reference's keys and values into block 0 during the guided steps.
     loss_entries: `ditflow` compares where the reference moves (`nonzero`), or everywhere (`all`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
+    zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
     """
 
     name: str = "ditflow"
@@ -71,6 +72,8 @@ class MethodSettings:
     injection: bool = True
     loss_entries: Literal["nonzero", "all"] = "nonzero"
     other_frames: bool = False
+    zero_shot: bool = False
+    learn_with: str = ""
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
@@ -92,6 +95,8 @@ class MethodSettings:
             ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
+        ok = not self.zero_shot or (self.loss is not None and self.optimize == "position")
+        _require(ok, "zero_shot", self.zero_shot, "false, unless a motion loss optimises the position")
 
     @property
     def loss(self) -> str | None:

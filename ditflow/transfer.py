@@ -74,13 +74,20 @@ def transfer_motion(
     if isinstance(reference, np.ndarray):
         reference = extract_motion(backbone, reference, method) if method.needs_reference else None
     extracted = time.perf_counter()
+    if method.zero_shot and isinstance(reference, MotionReference):
+        reference = _learned(backbone, reference, size, method, sampling, seed)
+    learned = time.perf_counter()
     inputs = _inputs_of(backbone, prompt, size, sampling, seed)
     result = generate_latents(
         backbone, **inputs, reference=reference, method=method, sampling=sampling, on_step=on_step
     )
     sampled = time.perf_counter()
     video = backbone.decode_latents(result.latents, size[0])
-    timings = {"extract": extracted - started, "decode": time.perf_counter() - sampled}
+    timings = {
+        "extract": extracted - started,
+        "learn": learned - extracted,
+        "decode": time.perf_counter() - sampled,
+    }
     return replace(result, video=video, bank=_signed(result.bank, prompt, size), seconds={**result.seconds, **timings})
 
 
@@ -204,6 +211,23 @@ def _inputs_of(
         "negative_prompt_embeds": backbone.encode_prompt(sampling.negative_prompt) if guided_by_text else None,
         "generator": generator,
     }
+
+
+def _learned(
+    backbone: Backbone,
+    reference: MotionReference,
+    size: tuple[int, int, int],
+    method: MethodSettings,
+    sampling: SamplingSettings,
+    seed: int,
+) -> MotionBank:
+    """Learn a bank with the prompt `method.learn_with`, to be used at once with another."""
+    own = replace(method, zero_shot=False)
+    learned = learn_bank(
+        backbone, method.learn_with, reference=reference, size=size, method=own, sampling=sampling, seed=seed
+    )
+    assert learned.bank is not None, "learn_bank returns one"
+    return learned.bank
 
 
 def _injection_only(bank: MotionBank, backbone: Backbone) -> MotionReference | None:

@@ -11,8 +11,9 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -21,7 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditflow import backbones
 from ditflow.backbones import ModelIdentity, ModelNotFoundError
-from ditflow.settings import SettingsError
+from ditflow.backbones.base import Geometry
+from ditflow.settings import MethodSettings, SettingsError
 from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError
 
@@ -147,6 +149,10 @@ def _unknown_keys(values: Any, section: type, keys: tuple[str, ...]) -> Iterator
         inner = _section_in(hints[key])
         if inner is not None:
             yield from _unknown_keys(value, inner, path)
+        named = _named_sections_in(hints[key])
+        if named is not None and isinstance(value, Mapping):
+            for name, section_values in value.items():
+                yield from _unknown_keys(section_values, named, (*path, str(name)))
 
 
 def _section_in(hint: Any) -> type | None:
@@ -155,13 +161,18 @@ def _section_in(hint: Any) -> type | None:
     return next((option for option in options if is_dataclass(option) and isinstance(option, type)), None)
 
 
+def _named_sections_in(hint: Any) -> type | None:
+    """Return the dataclass of a mapping from names to sections."""
+    return _section_in(get_args(hint)[1]) if get_origin(hint) is dict else None
+
+
 def _validate(values: dict[str, Any], lines: _Lines) -> Job:
     unknown = list(_unknown_keys(values, Job, ()))
     mistakes = [lines.at(keys, message) for keys, message in unknown]
     for keys, _ in unknown:
         _drop(values, keys)
     try:
-        job = _ADAPTER.validate_python(_without_auto(values))
+        job = _ADAPTER.validate_python(_without_auto(_with_own_methods(values)))
     except ValidationError as error:
         # A key that is missing where another is misspelt is most likely that one.
         misspelt = {keys[:-1] for keys, _ in unknown}
@@ -186,14 +197,30 @@ def _drop(values: Any, keys: tuple[str, ...]) -> None:
 _ADAPTER: TypeAdapter[Job] = TypeAdapter(Job)
 
 
-def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
-    """`auto` in method and sampling means the model's own default, which is None in the settings."""
-    sections = {
-        name: {key: None if value == "auto" else value for key, value in values[name].items()}
-        for name in ("method", "sampling")
-        if isinstance(values.get(name), dict)
+def _with_own_methods(values: dict[str, Any]) -> dict[str, Any]:
+    """Each of `methods` takes from `method` what it leaves out."""
+    shared, methods = values.get("method") or {}, values.get("methods")
+    if not isinstance(shared, dict) or not isinstance(methods, dict):
+        return values
+    return {
+        **values,
+        "methods": {name: {**shared, **own} if isinstance(own, dict) else own for name, own in methods.items()},
     }
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """`auto` in method, methods and sampling means the model's own default, which is None in the settings."""
+    sections: dict[str, Any] = {name: _settled(values[name]) for name in ("method", "sampling") if name in values}
+    methods = values.get("methods")
+    if isinstance(methods, dict):
+        sections["methods"] = {name: _settled(own) for name, own in methods.items()}
     return {**values, **sections}
+
+
+def _settled(section: Any) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {key: None if value == "auto" else value for key, value in section.items()}
 
 
 def _explain_all(errors: Iterable[Mapping[str, Any]], lines: _Lines) -> list[str]:
@@ -254,7 +281,12 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
     except ModelNotFoundError as error:
         raise SpecError(lines.at(["model", "path"], str(error))) from error
     defaults = model.geometry.defaults
-    resolved = replace(job, method=job.method.resolve(defaults), sampling=job.sampling.resolve(defaults))
+    resolved = replace(
+        job,
+        method=job.method.resolve(defaults),
+        methods={name: method.resolve(defaults) for name, method in job.methods.items()},
+        sampling=job.sampling.resolve(defaults),
+    )
     mistakes = [*_misfits(resolved, model, lines), *_credentials(job, lines)]
     if mistakes:
         raise SpecError("\n".join(mistakes))
@@ -265,18 +297,26 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
     """What a job asks that its model, or its kind, cannot do."""
     geometry, steps = model.geometry, job.sampling.steps
     assert steps is not None
-    checks = {
-        "references": lambda: job.kind == "reuse" or geometry.latent_shape(*job.references.size),
-        "method": lambda: job.method.needs_reference and job.method.count_guided_steps(steps),
-        "method ": lambda: geometry.check_blocks(job.method.blocks or ()),
-        "": lambda: _check_kind(job),
-    }
-    for section, check in checks.items():
+    checks: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
+        (("references",), lambda: job.kind == "reuse" or geometry.latent_shape(*job.references.size))
+    ]
+    for name, variant in job.variants.items():
+        where = ("methods", name) if job.methods else ("method",)
+        checks += [(where, partial(check, variant.method)) for check in _method_checks(job.kind, geometry, steps)]
+    for keys, check in checks:
         try:
             check()
         except SettingsError as error:
-            keys = [*([section.strip()] if section else []), *error.key.split(".")]
-            yield lines.at(keys, str(error).removeprefix(f"{error.key}: "))
+            yield lines.at([*keys, *filter(None, [error.key])], str(error).removeprefix(f"{error.key}: "))
+
+
+def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[MethodSettings], Any]]:
+    """What each of a job's methods has to stand; each raises SettingsError."""
+    return [
+        lambda method: method.needs_reference and method.count_guided_steps(steps),
+        lambda method: geometry.check_blocks(method.blocks or ()),
+        partial(_check_kind, kind),
+    ]
 
 
 def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
@@ -287,14 +327,14 @@ def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
         yield lines.at(["storage_options"], str(error))
 
 
-def _check_kind(job: Job) -> None:
+def _check_kind(kind: str, method: MethodSettings) -> None:
     """Raise SettingsError for a method that makes no sense in this kind of job."""
-    learns = job.method.loss is not None and job.method.optimize == "position"
-    if job.kind in ("build-bank", "reuse") and not learns:
-        came = f"{job.method.name}, optimize: {job.method.optimize}"
-        raise SettingsError("method", came, f"a method with a motion loss and optimize: position for kind {job.kind}")
-    if job.kind == "extract" and job.method.loss is None:
-        raise SettingsError("method.name", job.method.name, "a method with a motion loss for kind extract")
+    learns = method.loss is not None and method.optimize == "position"
+    if kind in ("build-bank", "reuse") and not learns:
+        came = f"{method.name}, optimize: {method.optimize}"
+        raise SettingsError("", came, f"a method with a motion loss and optimize: position for kind {kind}")
+    if kind == "extract" and method.loss is None:
+        raise SettingsError("name", method.name, "a method with a motion loss for kind extract")
 
 
 def to_yaml(job: Job) -> str:

@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.job import Job, Pool
 from pipeline.plan import WorkRow
-from pipeline.stages.extract import ExtractMotion, fan_out
+from pipeline.stages.extract import ExtractMotion, fan_out, without_motion
 from pipeline.stages.generate import FinishRow
 from pipeline.stages.read import Row, read_reference
 
@@ -42,17 +42,22 @@ def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterato
 def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
     """Return the lazy dataset whose consumption does the work."""
     arguments = {"job": job, "model_revision": model_revision}
-    if job.method.needs_reference and job.kind != "reuse":
-        references = _one_row_blocks(_by_reference(todo))
+    moved = [row for row in todo if row.motion_id is not None]
+    unmoved = [row for row in todo if row.motion_id is None]
+    sources: list[Dataset] = []
+    if unmoved:
+        sources.append(_one_row_blocks([without_motion(row) for row in unmoved]))
+    if moved:
+        references = _one_row_blocks(_by_reference(moved))
         read = references.map(read_reference, fn_kwargs={"job": job}, num_cpus=_READER_CPUS)
         extracted = read.map(
             ExtractMotion,
             fn_constructor_kwargs=arguments,
             **_actors(job.resources.extract, _EXTRACT_GPU_SHARE),
         )
-        work = extracted.flat_map(fan_out, num_cpus=_READER_CPUS).repartition(target_num_rows_per_block=1)
-    else:
-        work = _one_row_blocks([{"work": row.to_json()} for row in todo])
+        sources.append(extracted.flat_map(fan_out, num_cpus=_READER_CPUS).repartition(target_num_rows_per_block=1))
+    first, *others = sources
+    work = first.union(*others) if others else first
     return work.map(
         FinishRow,
         fn_constructor_kwargs=arguments,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
@@ -133,7 +133,11 @@ class Resources:
 
 @dataclass(frozen=True)
 class Job:
-    """One job. `method` and `sampling` are resolved: nothing in them is None."""
+    """One job. `method`, `methods` and `sampling` are resolved: nothing in them is None.
+
+    methods: several methods to compare, by names of your own: every row is made with each of them. They take from
+    `method` what they leave out.
+    """
 
     kind: Literal["extract", "synthesize", "build-bank", "reuse"]
     name: str
@@ -145,6 +149,7 @@ class Job:
     pairing: Literal["product", "zip"] | Table = "product"
     seeds: tuple[int, ...] = (0,)
     method: MethodSettings = field(default_factory=MethodSettings)
+    methods: dict[str, MethodSettings] = field(default_factory=dict)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     resources: Resources = field(default_factory=Resources)
     faults: Policy = field(default_factory=Policy)
@@ -156,6 +161,13 @@ class Job:
 
     ROW_FORMAT: ClassVar[int] = 1
     """Raised when the same settings come to mean other bytes."""
+
+    @property
+    def variants(self) -> dict[str, Job]:
+        """The job with each of its methods alone, by the method's name."""
+        if not self.methods:
+            return {self.method.name: self}
+        return {name: replace(self, method=method, methods={}) for name, method in self.methods.items()}
 
     def row_settings(self) -> dict[str, Any]:
         """Every setting that decides a row's output, as JSON values."""

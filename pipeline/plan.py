@@ -23,6 +23,8 @@ from pipeline.job import Job, Table, content_id
 from pipeline.manifest import Manifest
 from pipeline.store import Store, StoreMissingError, absolute_uri, fingerprint, list_uris, read_uri, sha256_of
 
+Combination = tuple["Input | None", str | None, int | None]
+"""A reference or bank, a prompt and a seed."""
 _HASHES_KEY = "inputs.json"
 _HASH_THREADS = 16
 
@@ -49,6 +51,8 @@ class WorkRow:
     """One piece of work, with one row in the manifest when it has ended."""
 
     row_id: str
+    variant: str = ""
+    """Which of the job's methods makes it."""
     reference: Input | None = None
     bank: Input | None = None
     prompt: str | None = None
@@ -113,19 +117,27 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
 
 def _rows(job: Job, model_revision: str) -> Iterator[WorkRow]:
     """Every row of the job, with its id."""
+    combinations = list(_combinations(job))
+    for name, variant in job.variants.items():
+        yield from _rows_of_variant(name, variant, model_revision, combinations)
+
+
+def _rows_of_variant(
+    name: str, job: Job, model_revision: str, combinations: Sequence[Combination]
+) -> Iterator[WorkRow]:
     settings = {"kind": job.kind, "format": job.ROW_FORMAT, "model": model_revision, **job.row_settings()}
     extraction = {"format": job.ROW_FORMAT, "model": model_revision, **job.extraction_settings()}
-    for source, prompt, seed in _combinations(job):
+    for source, prompt, seed in combinations:
         identity = source.identity if source is not None else None
         row_id = content_id(source=identity, prompt=prompt, seed=seed, **settings)
         if job.kind == "reuse":
-            yield WorkRow(row_id, bank=source, prompt=prompt, seed=seed)
+            yield WorkRow(row_id, name, bank=source, prompt=prompt, seed=seed)
         else:
-            motion_id = content_id(reference=identity, **extraction)
-            yield WorkRow(row_id, reference=source, prompt=prompt, seed=seed, motion_id=motion_id)
+            motion_id = content_id(reference=identity, **extraction) if job.method.needs_reference else None
+            yield WorkRow(row_id, name, reference=source, prompt=prompt, seed=seed, motion_id=motion_id)
 
 
-def _combinations(job: Job) -> Iterator[tuple[Input | None, str | None, int | None]]:
+def _combinations(job: Job) -> Iterator[Combination]:
     """References or banks with prompts and seeds, as `pairing` says."""
     if isinstance(job.pairing, Table):
         yield from _paired_by_table(job, job.pairing)
@@ -146,7 +158,7 @@ def _combinations(job: Job) -> Iterator[tuple[Input | None, str | None, int | No
     yield from ((source, prompt, seed) for source, prompt in zip(sources, prompts, strict=True) for seed in job.seeds)
 
 
-def _paired_by_table(job: Job, table: Table) -> Iterator[tuple[Input | None, str | None, int | None]]:
+def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
     """Rows of a table with the columns reference (or bank), prompt and, if it varies, seed."""
     column = "bank" if job.kind == "reuse" else "reference"
     rows = read_table(table.uri, job.storage_options).to_pylist()
@@ -183,7 +195,8 @@ def _absolute(job: Job, name: str) -> str:
 def _sources(job: Job) -> Sequence[Input | None]:
     """The job's references or banks; one None for a method that needs no reference when none is given."""
     inputs = job.banks if job.kind == "reuse" else job.references
-    if not inputs.uris and not job.method.needs_reference and job.kind == "synthesize":
+    needed = any(variant.method.needs_reference for variant in job.variants.values())
+    if not inputs.uris and not needed and job.kind == "synthesize":
         return [None]
     if not inputs.uris:
         key = "banks" if job.kind == "reuse" else "references"

@@ -10,7 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from ditflow.reference import extract_motion
+from ditflow.settings import MethodSettings
 from pipeline.job import Job
+from pipeline.plan import WorkRow
 from pipeline.stages.attempt import Desk, Outcome, earlier_fault
 from pipeline.stages.read import Row, motion_key
 from pipeline.stages.worker import Worker
@@ -27,14 +29,29 @@ class ExtractMotion:
         frames, fps = row.pop("frames"), row.pop("fps")
         key, started = motion_key(row["motion_id"]), time.perf_counter()
         if earlier_fault(row) is None and len(frames):
-            outcome: Outcome[None] = self._desk.attempt(row["motion_id"], lambda: self._extract(key, frames, fps))
+            method = self._desk.job.variants[variant_of(row)].method
+            outcome: Outcome[None] = self._desk.attempt(
+                row["motion_id"], lambda: self._extract(key, frames, fps, method)
+            )
             self._desk.ledger.end(row["motion_id"])
             row["fault"] = outcome.fault_json()
         return {**row, "amf_uri": self._desk.store.uri_of(key), "seconds_extract": time.perf_counter() - started}
 
-    def _extract(self, key: str, frames: np.ndarray, fps: float) -> None:
-        motion = extract_motion(self._worker.backbone, frames, self._desk.job.method)
+    def _extract(self, key: str, frames: np.ndarray, fps: float, method: MethodSettings) -> None:
+        motion = extract_motion(self._worker.backbone, frames, method)
         self._desk.store.put(key, replace(motion, fps=fps).to_bytes())
+
+
+def variant_of(row: Row) -> str:
+    """Return the method of a reference's row; any other method with this motion would extract the same."""
+    return WorkRow.from_json(json.loads(row["work"])[0]).variant
+
+
+def without_motion(work: WorkRow) -> Row:
+    """Return a row for work that needs no reference's motion, as `fan_out` returns the others."""
+    no_fault: Outcome[None] = Outcome(None, None, 0)
+    nothing = {"amf_uri": "", "seconds_read": 0.0, "seconds_extract": 0.0}
+    return {"work": work.to_json(), **nothing, "fault": no_fault.fault_json()}
 
 
 def fan_out(row: Row) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ditflow.bank import MotionBank
 from ditflow.reference import MotionReference
+from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
 from pipeline.job import DEFAULT_FPS, Job
@@ -33,7 +34,6 @@ class FinishRow:
 
     def __init__(self, job: Job, model_revision: str):
         self._job, self._revision = job, model_revision
-        self._settings: dict[str, Any] = {"method": job.method, "sampling": job.sampling}
         self._desk = Desk(job)
         self._worker = None if job.kind == "extract" else Worker(job, model_revision)
         self._motion = lru_cache(maxsize=2)(self._read_motion)
@@ -88,7 +88,8 @@ class FinishRow:
             reference=reference,
             size=size,
             seed=work.seed,
-            **self._settings,
+            method=self._method(work),
+            sampling=self._job.sampling,
         )
         assert result.video is not None
         encoding = time.perf_counter()
@@ -109,7 +110,8 @@ class FinishRow:
             reference=reference,
             size=size,
             seed=work.seed,
-            **self._settings,
+            method=self._method(work),
+            sampling=self._job.sampling,
         )
         assert result.bank is not None and work.reference is not None
         provenance = {
@@ -132,10 +134,13 @@ class FinishRow:
             bank = self._bank(work.bank)
             frames, height, width = bank.header.provenance["size"]
             return bank, (frames, height, width), own_fps or bank.header.provenance.get("fps") or DEFAULT_FPS
-        if row.get("amf_uri") is None:
+        if work.motion_id is None:
             return None, size, own_fps or DEFAULT_FPS
         motion = self._motion(row["amf_uri"])
         return motion, size, own_fps or motion.fps or DEFAULT_FPS
+
+    def _method(self, work: WorkRow) -> MethodSettings:
+        return self._job.variants[work.variant].method
 
     def _read_motion(self, uri: str) -> MotionReference:
         return MotionReference.from_bytes(read_uri(uri, self._job.storage_options), uri)
@@ -147,7 +152,8 @@ class FinishRow:
 
     def _identity(self, work: WorkRow, row: Row) -> Columns:
         """The columns that are known before anything is made."""
-        job, kind = self._job, self._job.kind
+        job, kind = self._job.variants[work.variant], self._job.kind
+        zero_shot = kind == "reuse" or job.method.zero_shot
         return {
             "row_id": work.row_id,
             "job": job.name,
@@ -158,15 +164,23 @@ class FinishRow:
             "prompt": work.prompt,
             "negative_prompt": None if kind == "extract" else job.sampling.negative_prompt,
             "seed": work.seed,
+            "variant": work.variant,
             "method": job.method.name,
-            "optimize": "zero-shot" if kind == "reuse" else job.method.optimize if job.method.loss else None,
+            "optimize": "zero-shot" if zero_shot else job.method.optimize if job.method.loss else None,
             "model": job.model.path,
             "model_revision": self._revision,
             "spec_json": json.dumps(job.row_settings(), sort_keys=True),
-            "amf_uri": row.get("amf_uri") if earlier_fault(row) is None else None,
-            "seconds_read": row.get("seconds_read"),
-            "seconds_extract": row.get("seconds_extract"),
+            **(_extraction(row) if work.motion_id is not None else {}),
         }
+
+
+def _extraction(row: Row) -> Columns:
+    """The columns that tell of the reference's motion."""
+    stored = earlier_fault(row) is None
+    return {
+        "amf_uri": row["amf_uri"] if stored else None,
+        **{key: row[key] for key in ("seconds_read", "seconds_extract")},
+    }
 
 
 def _ending(outcome: Outcome[Columns]) -> Columns:
@@ -200,6 +214,6 @@ def _losses(result: Transferred) -> Columns:
 def _timings(result: Transferred) -> Columns:
     return {
         f"seconds_{phase}": result.seconds[phase]
-        for phase in ("guidance", "denoise", "decode")
+        for phase in ("learn", "guidance", "denoise", "decode")
         if phase in result.seconds
     }

@@ -18,7 +18,9 @@ import pipeline.graph
 from ditflow.bank import MotionBank
 from ditflow.video import probe_video
 from jobs.cli import app
+from jobs.spec import load_spec
 from pipeline.manifest import Manifest
+from pipeline.plan import make_plan
 from pipeline.stages.generate import FinishRow
 from pipeline.store import Store
 
@@ -71,6 +73,34 @@ def test_synthesize_bank_and_reuse_end_to_end(job_folder):
         assert (row["frames"], row["height"], row["width"]) == (9, 32, 32)
         assert row["bank_uri"] in {f"file://{file}" for file in files}
         assert row["losses"] == []
+
+
+def test_one_job_compares_several_methods_over_the_same_rows(job_folder):
+    methods = {
+        "plain": {"name": "none"},
+        "flow": {},
+        "features": {"name": "smm"},
+        "zero-shot": {"optimize": "position", "zero_shot": True},
+    }
+    spec, tally, _ = run(write_spec(job_folder, methods=methods))
+    assert (tally.ok, tally.failed) == (8, 0)
+    rows = rows_of(job_folder / "out")
+    assert Manifest(Store(spec.job.output.uri)).verify() == []
+    made = {(row["variant"], row["method"], row["optimize"]) for row in rows}
+    assert made == {
+        ("plain", "none", None),
+        ("flow", "ditflow", "latent"),
+        ("features", "smm", "latent"),
+        ("zero-shot", "ditflow", "zero-shot"),
+    }
+    for row in rows:
+        guided = row["variant"] in ("flow", "features")
+        assert bool(row["losses"]) == guided
+        assert (row["amf_uri"] is None) == (row["variant"] == "plain")
+        assert (row["seconds_learn"] > 0.01) == (row["variant"] == "zero-shot")
+    assert len({row["output_sha256"] for row in rows}) == 7, "plain generation does not depend on the reference"
+    alone = make_plan(load_spec(write_spec(job_folder)).job, spec.model.revision)
+    assert alone.todo == [], "the row of a method alone is that of the comparison"
 
 
 def test_extract_jobs_store_one_motion_per_reference(job_folder):

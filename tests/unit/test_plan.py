@@ -303,6 +303,21 @@ def vary(section: str, **change: Any):
     return lambda job: replace(job, **{section: replace(getattr(job, section), **change)})
 
 
+def test_several_methods_make_every_row_with_each_and_give_it_the_id_that_it_has_alone(local_job):
+    other = replace(METHOD, name="smm", optimize="latent")
+    both = plan(replace(local_job, methods={"one": METHOD, "two": other}))
+    alone = {name: plan(replace(local_job, method=method)) for name, method in (("one", METHOD), ("two", other))}
+    assert both.total == 16
+    for name, own in alone.items():
+        assert {row.row_id for row in both.todo if row.variant == name} == {row.row_id for row in own.todo}
+
+
+def test_plain_generation_has_no_motion_and_keeps_its_reference(local_job):
+    rows = plan(replace(local_job, method=MethodSettings("none"))).todo
+    assert {row.motion_id for row in rows} == {None}
+    assert {row.reference.uri.rsplit("/", 1)[-1] for row in rows} == {"a.mp4", "b.mp4"}
+
+
 MATTERS = {
     "method": vary("method", name="injection"),
     "optimize": vary("method", optimize="latent"),
@@ -315,6 +330,8 @@ MATTERS = {
     "injection": vary("method", injection=False),
     "loss_entries": vary("method", loss_entries="all"),
     "other_frames": vary("method", other_frames=True),
+    "zero_shot": vary("method", zero_shot=True),
+    "learn_with": vary("method", zero_shot=True, learn_with="a ball"),
     "steps": vary("sampling", steps=49),
     "guidance_scale": vary("sampling", guidance_scale=6.0),
     "dynamic_guidance_scale": vary("sampling", dynamic_guidance_scale=True),

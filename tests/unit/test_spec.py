@@ -339,6 +339,45 @@ def test_the_resolved_spec_loads_again_as_the_same_job_with_the_same_rows(load, 
     assert len(ids) == 4
 
 
+# ------------------------------------------------------------------------------------------------ several methods
+
+
+METHODS_OF_ITS_OWN = (
+    "sampling:",
+    "methods:\n  plain: {name: none}\n  moft: {name: moft, iterations: auto, guided_steps: 3}\nsampling:",
+)
+
+
+def test_each_of_several_methods_takes_from_method_what_it_leaves_out(load):
+    job = load(METHODS_OF_ITS_OWN).job
+    plain, moft = (job.variants[name].method for name in ("plain", "moft"))
+    assert (plain.name, moft.name) == ("none", "moft")
+    assert (moft.temperature, moft.guided_steps, moft.iterations) == (2.0, 3, 5)
+    assert None not in (moft.blocks, plain.blocks)
+
+
+def test_several_methods_survive_the_resolved_copy(load):
+    first = load(METHODS_OF_ITS_OWN)
+    assert load(text=first.yaml).job == first.job
+
+
+@pytest.mark.parametrize(
+    ("entry", "keys", "says"),
+    [
+        ("{name: warp}", "methods.bad.name", "expected one of"),
+        ("{nmae: none}", "methods.bad.nmae", "did you mean name?"),
+        ("{blocks: [9]}", "methods.bad.blocks", "0 to 5"),
+        ("{guided_steps: 51}", "methods.bad.guided_steps", "between 1 and"),
+        ("{zero_shot: true}", "methods.bad.zero_shot", "optimises the position"),
+        ("3", "methods.bad", "expected a section"),
+    ],
+)
+def test_a_mistake_in_one_of_several_methods_is_said_with_its_name(mistakes, entry, keys, says):
+    (said,) = mistakes(("sampling:", f"methods:\n  good: {{}}\n  bad: {entry}\nsampling:"))
+    assert f":19: {keys}: " in said
+    assert says in said
+
+
 def test_the_resolved_spec_has_no_auto_left_in_method_and_sampling(load):
     values = yaml.safe_load(load().yaml)
     assert {None, "auto"}.isdisjoint(map(str, [*values["method"].values(), *values["sampling"].values()]))

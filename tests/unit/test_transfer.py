@@ -15,7 +15,7 @@ from ditflow.denoise import guidance_scale
 from ditflow.losses import MOTION_LOSSES
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
-from ditflow.transfer import Transferred, transfer_latents, transfer_motion
+from ditflow.transfer import Transferred, learn_bank, transfer_latents, transfer_motion
 
 PROMPT = "a red ball"
 CLIP = (FRAMES, SIZE, SIZE)
@@ -41,6 +41,17 @@ def test_every_loss_guides_by_latents_and_by_position(backbone, moving_video, na
     assert losses[-1] < losses[0]
     assert not torch.equal(guided.latents, plain.latents)
     assert (guided.bank is not None) == (optimize == "position")
+
+
+def test_zero_shot_is_learning_a_bank_with_one_prompt_and_reusing_it_with_another(backbone, moving_video):
+    method = replace(METHOD, optimize="position")
+    zero_shot = generate(backbone, moving_video, replace(method, zero_shot=True, learn_with="a green star"))
+    motion = extract_motion(backbone, moving_video, method)
+    settings = {"size": CLIP, "method": method, "sampling": SAMPLING, "seed": 1}
+    bank = learn_bank(backbone, "a green star", reference=motion, **settings).bank
+    assert torch.equal(zero_shot.latents, generate(backbone, bank, method).latents)
+    assert zero_shot.losses == []
+    assert not torch.equal(zero_shot.latents, generate(backbone, moving_video, method).latents)
 
 
 # ---------------------------------------------------------------------- seeds
@@ -234,6 +245,6 @@ def test_every_step_leaves_a_record_and_tells_it_when_it_is_done(rotary_backbone
 
 def test_seconds_add_up_the_records(rotary_backbone, moving_video):
     result = generate(rotary_backbone, moving_video)
-    assert set(result.seconds) == {"extract", "guidance", "denoise", "decode"}
+    assert set(result.seconds) == {"extract", "learn", "guidance", "denoise", "decode"}
     assert result.seconds["guidance"] == sum(record.seconds_guidance for record in result.records)
     assert result.seconds["denoise"] == sum(record.seconds_denoise for record in result.records)
