@@ -155,6 +155,33 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: str | Path, colu
     _save(figure, path)
 
 
+def plot_intervals(
+    entries: Sequence[tuple[str, str, tuple[float, float, float]]], path: str | Path, title: str = ""
+) -> None:
+    """Draw means with their intervals as a PNG at `path`: a panel for each figure, a line for each label.
+
+    entries: (figure, label, (mean, low, high)); panels and lines in the order of their first appearance. Raises
+    PlotError if nothing comes.
+    """
+    if not entries:
+        raise PlotError("no entries came, expected at least one mean. Was anything measured?")
+    figures = list(dict.fromkeys(figure for figure, _, _ in entries))
+    labels = list(dict.fromkeys(label for _, label, _ in entries))
+    drawing = Figure(figsize=(1.6 + 2.6 * len(figures), 1.2 + 0.3 * len(labels)), dpi=_DPI, layout="constrained")
+    panels = drawing.subplots(1, len(figures), sharey=True, squeeze=False)[0]
+    for axes, figure in zip(panels, figures, strict=True):
+        for _, label, (mean, low, high) in (entry for entry in entries if entry[0] == figure):
+            place = labels.index(label)
+            axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue", capsize=3)
+        axes.set_title(_cut(figure.replace("_", " "), 2.4, fontsize=9), fontsize=9, parse_math=False)
+        axes.grid(axis="x", color="0.9")
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    if title:
+        drawing.suptitle(_cut(title, 1.4 + 2.6 * len(figures), fontsize=11), fontsize=11, parse_math=False)
+    _save(drawing, path)
+
+
 def shown_frame(latent_frame: int, frames: int, latent_frames: int) -> int:
     """Which pixel frame stands for a latent frame: the first for the first, the last for the last, evenly between."""
     return round(latent_frame * (frames - 1) / (latent_frames - 1)) if latent_frame else 0

@@ -17,6 +17,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
+    from pipeline.job import Job
 
 SOME_FAILED, WRONG_REQUEST, OTHER_ERROR = 3, 2, 1
 
@@ -208,7 +209,13 @@ def plan(
     ditflow plan jobs/quickstart.yaml --set seeds=[1,2,3]
     """
     with expected_errors():
-        spec, planned = _planned(job, set_, retry=())
+        from jobs.spec import load_spec
+
+        spec = load_spec(job, set_ or ())
+        if spec.job.kind == "evaluate":
+            _print_measuring(spec.job, as_json)
+            return
+        planned = _plan_of(spec, retry=())
         if as_json:
             _emit(name=spec.job.name, kind=spec.job.kind, rows=planned.total, **planned.counts)
         _print_plan(spec, planned)
@@ -240,7 +247,12 @@ def run(
 
 def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as_json: bool) -> bool:
     """Run one job; return whether all its rows are ok."""
-    spec, planned = _planned(path, overrides, retry)
+    from jobs.spec import load_spec
+
+    spec = load_spec(path, overrides or ())
+    if spec.job.kind == "evaluate":
+        return _evaluate_job(spec.job, as_json)
+    planned = _plan_of(spec, retry)
     _print_plan(spec, planned)
     failed = sum(planned.counts.get(ended, 0) for ended in ("failed", "quarantined"))
     if planned.todo:
@@ -269,13 +281,32 @@ def _run_rows(spec: ReadySpec, planned: Any, as_json: bool) -> int:
     return tally.not_ok
 
 
-def _planned(path: Path, overrides: list[str] | None, retry: tuple[str, ...]) -> tuple[ReadySpec, Any]:
-    from jobs.spec import check_output, load_spec
+def _plan_of(spec: ReadySpec, retry: tuple[str, ...]) -> Any:
+    from jobs.spec import check_output
     from pipeline.plan import make_plan
 
-    spec = load_spec(path, overrides or ())
     check_output(spec.job)
-    return spec, make_plan(spec.job, spec.model.revision, retry)
+    return make_plan(spec.job, spec.model.revision, retry)
+
+
+def _evaluate_job(job: Job, as_json: bool) -> bool:
+    """Measure what is not measured yet; return whether all rows could be."""
+    from jobs.display import RowProgress
+    from pipeline.measurements import Measurements
+    from pipeline.run import run_evaluation
+    from pipeline.store import Store
+
+    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
+    screen.print(f"{job.name}: {len(tasks)} rows to measure: {', '.join(job.metrics.names)}")
+    with RowProgress(job.name, len(tasks), screen) as progress:
+
+        def on_row(row: dict[str, Any]) -> None:
+            progress.show(row)
+            if as_json:
+                _emit(**row)
+
+        tally = run_evaluation(job, tasks, on_row)
+    return tally.not_ok == 0
 
 
 def _print_plan(spec: ReadySpec, planned: Any) -> None:
@@ -297,6 +328,60 @@ def status(
     with expected_errors():
         facts = job_status(_store(output, storage))
         _emit(**facts) if as_json else print_status(facts, screen)
+
+
+@app.command()
+def evaluate(
+    output: Annotated[str, typer.Argument(help="Output folder of a finished job.")],
+    metric: Annotated[list[str] | None, typer.Option(help="Metrics, by name (default: what needs no weights).")] = None,
+    tracker: Annotated[str, typer.Option(help="dis, lucas-kanade or cotracker3.")] = "dis",
+    tracker_weights: Annotated[Path | None, typer.Option(help="TorchScript file of CoTracker3.")] = None,
+    variant: Annotated[str, typer.Option(help="Motion fidelity: symmetric or official.")] = "symmetric",
+    clip: Annotated[Path | None, typer.Option(help="CLIP folder, for prompt_similarity and frame_consistency.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Compare with this method (default: the plain model).")] = None,
+    table: Annotated[list[Path] | None, typer.Option(help="Write the table: .csv, .tex, .json or .png.")] = None,
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a finished job's videos, and compare its methods.
+
+    \b
+    ditflow evaluate outputs/quickstart/synthesize
+    ditflow evaluate s3://bucket/runs/table --metric motion_fidelity --metric prompt_similarity --clip /models/clip \\
+        --table table.csv --table table.png
+    """
+    from ditflow.metrics.base import MetricSettings
+    from jobs.display import print_comparison, write_comparison
+    from pipeline.comparison import compare
+    from pipeline.job import Job, Output
+
+    with expected_errors():
+        settings = MetricSettings(
+            names=tuple(metric or MetricSettings.names),
+            tracker=tracker,
+            tracker_weights=str(tracker_weights) if tracker_weights else None,
+            variant=variant,  # type: ignore[arg-type]  # checked there
+            clip=str(clip) if clip else None,
+        )
+        store = _store(output, storage)
+        job = Job("evaluate", "evaluate", Output(output), metrics=settings, storage_options=_options(storage))
+        measured = _evaluate_job(job, as_json=False)
+        comparison = compare(store, settings, baseline)
+        for file in table or ():
+            write_comparison(comparison, file)
+        _emit(**comparison.to_dict()) if as_json else print_comparison(comparison)
+    if not measured:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _print_measuring(job: Job, as_json: bool) -> None:
+    from pipeline.measurements import Measurements
+    from pipeline.store import Store
+
+    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
+    if as_json:
+        _emit(name=job.name, kind=job.kind, todo=len(tasks))
+    screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
 
 
 @manifest_app.command("show")

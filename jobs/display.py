@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ditflow.bank import MotionBank
+from ditflow.plot import plot_intervals
+from pipeline.comparison import Comparison, Entry
 from pipeline.manifest import Manifest
 from pipeline.run import RUN_KEY
 from pipeline.store import Store, StoreMissingError
@@ -143,3 +146,43 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print on stdout a row for every method and a column for every figure, with the gain on the baseline."""
+    table = Table("method", *comparison.figures, box=SIMPLE_HEAD)
+    for variant in comparison.variants:
+        table.add_row(variant, *(_comparison_cell(comparison.at(variant, figure)) for figure in comparison.figures))
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console.print(table)
+    console.print(f"means with 95 % bootstrap intervals; below them the paired difference to {comparison.baseline}")
+
+
+def _comparison_cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "-"
+    lines = [
+        f"{entry.interval.mean:.3f} [{entry.interval.low:.3f}, {entry.interval.high:.3f}] n={entry.interval.count}"
+    ]
+    if entry.difference is not None:
+        difference = entry.difference
+        lines.append(f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
+    if entry.without:
+        lines.append(f"{entry.without} rows without a value")
+    return "\n".join(lines)
+
+
+def write_comparison(comparison: Comparison, file: Path) -> None:
+    """Write the table as .csv, .tex, .json or, as a chart, .png; ValueError for another ending."""
+    writers: dict[str, Callable[[], str]] = {
+        ".csv": comparison.to_csv,
+        ".tex": comparison.to_latex,
+        ".json": lambda: json.dumps(comparison.to_dict(), indent=1),
+    }
+    if file.suffix == ".png":
+        entries = [(entry.figure, entry.variant, entry.interval) for entry in comparison.entries]
+        plot_intervals([(figure, name, (i.mean, i.low, i.high)) for figure, name, i in entries], file)
+    elif file.suffix in writers:
+        file.write_text(writers[file.suffix]())
+    else:
+        raise ValueError(f"--table: {file} is not valid: expected a name ending in {', '.join((*writers, '.png'))}")

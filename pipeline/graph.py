@@ -17,7 +17,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.job import Job, Pool
+from pipeline.measurements import Task
 from pipeline.plan import WorkRow
+from pipeline.stages.evaluate import EvaluateRow
 from pipeline.stages.extract import ExtractMotion, fan_out, without_motion
 from pipeline.stages.generate import FinishRow
 from pipeline.stages.read import Row, read_reference
@@ -36,6 +38,17 @@ def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterato
     context.enable_progress_bars = False
     dataset = build(job, todo, model_revision)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def evaluated_rows(job: Job, tasks: list[Task]) -> Iterator[Row]:
+    """Measure finished rows; yield each row's id, status, seconds and error as it is done."""
+    DataContext.get_current().enable_progress_bars = False
+    rows = [{"made": json.dumps(task.row, default=str), "metrics": json.dumps(task.metrics)} for task in tasks]
+    measured = _one_row_blocks(rows).map(
+        EvaluateRow, fn_constructor_kwargs={"job": job}, **_actors(job.resources.evaluate, 0.0)
+    )
+    for batch in measured.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()
 
 

@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from ditflow.metrics.base import MetricSettings
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
 from pipeline.faults import Policy
 
-KINDS = ("extract", "synthesize", "build-bank", "reuse")
+KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
 DEFAULT_FPS = 8.0
 """Frames per second of a video without a reference: what CogVideoX was trained on."""
 
@@ -124,6 +125,7 @@ class Resources:
 
     extract: Pool = field(default_factory=Pool)
     generate: Pool = field(default_factory=Pool)
+    evaluate: Pool = field(default_factory=Pool)
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class Job:
     `method` what they leave out.
     """
 
-    kind: Literal["extract", "synthesize", "build-bank", "reuse"]
+    kind: Literal["extract", "synthesize", "build-bank", "reuse", "evaluate"]
     name: str
     output: Output
     model: Model = field(default_factory=Model)
@@ -151,6 +153,7 @@ class Job:
     method: MethodSettings = field(default_factory=MethodSettings)
     methods: dict[str, MethodSettings] = field(default_factory=dict)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    metrics: MetricSettings = field(default_factory=MetricSettings)
     resources: Resources = field(default_factory=Resources)
     faults: Policy = field(default_factory=Policy)
     storage_options: dict[str, Any] = field(default_factory=dict)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import ray
 
 from pipeline.faults import TooManyFailuresError
-from pipeline.graph import finished_rows
+from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
 from pipeline.manifest import Manifest
+from pipeline.measurements import Task
 from pipeline.plan import Plan
 from pipeline.stages.read import Row
 from pipeline.store import Store
@@ -95,6 +96,18 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
                 f"{tally.not_ok} of {plan.total} rows failed, more than faults.max_failed_fraction "
                 f"({job.faults.max_failed_fraction:g}) allows. The last one: {row['error_message']}"
             )
+    return tally
+
+
+def run_evaluation(job: Job, tasks: list[Task], on_row: Callable[[Row], None]) -> Tally:
+    """Measure the finished rows of a job and return how that ended; rows that failed can be measured again."""
+    tally = Tally()
+    if not tasks:
+        return tally
+    connect()
+    for row in evaluated_rows(job, tasks):
+        tally.count(row["status"])
+        on_row(row)
     return tally
 
 

@@ -8,8 +8,10 @@ The weights are the user's: a folder in the layout of transformers, such as ViT-
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
 
+from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
 from ditflow.metrics.tracks import check_pictures
+from ditflow.settings import SettingsError
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -179,3 +183,56 @@ def _check_count(frames: np.ndarray, least: int) -> None:
             f"{len(frames)} frames came, expected {least} or more: one frame has no neighbour, and none has no mean. "
             "Check how the clip was decoded."
         )
+
+
+@dataclass(frozen=True)
+class PromptSimilarity:
+    """How much a clip shows what its prompt says, to CLIP."""
+
+    model: ClipModel
+
+    name: ClassVar[str] = "prompt_similarity"
+    needs: ClassVar[tuple[Need, ...]] = ("prompt",)
+    settings: ClassVar[tuple[str, ...]] = ("clip",)
+
+    @classmethod
+    def from_settings(cls, settings: MetricSettings) -> PromptSimilarity:
+        """Return the metric with CLIP loaded."""
+        return cls(_clip_of(settings))
+
+    def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
+        """Return prompt_similarity."""
+        assert clip.prompt is not None
+        return {"prompt_similarity": prompt_similarity(self.model, clip.generated, clip.prompt)}
+
+
+@dataclass(frozen=True)
+class FrameConsistency:
+    """How much a clip keeps showing the same, to CLIP."""
+
+    model: ClipModel
+
+    name: ClassVar[str] = "frame_consistency"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ("clip",)
+
+    @classmethod
+    def from_settings(cls, settings: MetricSettings) -> FrameConsistency:
+        """Return the metric with CLIP loaded."""
+        return cls(_clip_of(settings))
+
+    def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
+        """Return frame_consistency."""
+        return {"frame_consistency": frame_consistency(self.model, clip.generated)}
+
+
+def _clip_of(settings: MetricSettings) -> ClipModel:
+    if settings.clip is None:
+        raise SettingsError("clip", None, "a folder with a CLIP model, for prompt_similarity and frame_consistency")
+    return _loaded(settings.clip, settings.device)
+
+
+@cache
+def _loaded(folder: str, device: str) -> ClipModel:
+    """Load a CLIP once for all metrics of a process."""
+    return ClipModel(folder, device)

@@ -8,12 +8,15 @@ by the directions of their steps; every tracklet is scored by its best match in 
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ditflow.metrics.tracks import Tracks
+from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need, NotMeasurableError
+from ditflow.metrics.cotracker import cotracker
+from ditflow.metrics.tracks import TRACKERS, Tracker, Tracks
 
 SMALLEST_STEP = 0.05
 """Pixels below which a frame-to-frame displacement counts as none.
@@ -24,7 +27,7 @@ Motion slower than this is 2.4 pixels in 49 frames.
 """
 
 
-class NoMotionError(ValueError):
+class NoMotionError(NotMeasurableError):
     """A video shows no motion that could be compared; the message names which one."""
 
 
@@ -139,3 +142,31 @@ def _check_motion(generated: Tracks, reference: Tracks) -> None:
 
 def _is_still(tracks: Tracks) -> bool:
     return not _directions(tracks)[1].any()
+
+
+@dataclass(frozen=True)
+class MotionFidelity:
+    """Motion fidelity between the tracks of a generated clip and of its reference."""
+
+    tracker: Tracker
+    variant: Literal["symmetric", "official"] = "symmetric"
+    least_common: float = 0.0
+
+    name: ClassVar[str] = "motion_fidelity"
+    needs: ClassVar[tuple[Need, ...]] = ("reference",)
+    settings: ClassVar[tuple[str, ...]] = ("tracker", "tracker_weights", "variant", "least_common")
+
+    @classmethod
+    def from_settings(cls, settings: MetricSettings) -> MotionFidelity:
+        """Return the metric with its tracker; CoTracker3 is loaded now."""
+        if settings.tracker_weights is not None:
+            tracker: Tracker = cotracker(settings.tracker_weights, device=settings.device)
+        else:
+            tracker = TRACKERS[settings.tracker]
+        return cls(tracker, settings.variant, settings.least_common)
+
+    def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
+        """Return motion_fidelity; NoMotionError for a static clip."""
+        assert clip.reference is not None
+        tracks = (self.tracker(clip.generated), self.tracker(clip.reference))
+        return {"motion_fidelity": motion_fidelity(*tracks, self.variant, least_common=self.least_common)}

@@ -9,11 +9,13 @@ neighbouring frames instead of pairs with the first one, too, and the absolute i
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
 from ditflow.metrics.tracks import LARGEST_RETURN_ERROR, Flow, check_frames, dis_flow, inside
 
 LEAST_AGREEING = 0.5
@@ -74,3 +76,20 @@ def _difference(picture: np.ndarray, other: np.ndarray) -> Levels:
 def _at(field: Float32[np.ndarray, "height width channels"], places: Places) -> np.ndarray:
     """Bilinear values of a field at places; beyond its edge, the edge's."""
     return cv2.remap(field, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+class WarpError:
+    """How much neighbouring frames differ beyond motion."""
+
+    name: ClassVar[str] = "warp_error"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_settings(cls, settings: MetricSettings) -> WarpError:
+        """Return the metric; it has no settings."""
+        return cls()
+
+    def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
+        """Return warp_error."""
+        return {"warp_error": warp_error(clip.generated)}

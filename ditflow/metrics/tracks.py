@@ -130,8 +130,10 @@ def dis_tracks(frames: np.ndarray) -> Tracks:
     return _follow(frames, step)
 
 
-TRACKERS: dict[str, Callable[[np.ndarray], Tracks]] = {"lucas-kanade": lucas_kanade_tracks, "dis": dis_tracks}
-"""Trackers by name, from frames uint8 [T, H, W, 3] RGB to tracks."""
+Tracker = Callable[[np.ndarray], Tracks]
+"""From frames uint8 [T, H, W, 3] RGB to tracks."""
+TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade_tracks, "dis": dis_tracks}
+"""Trackers by name."""
 
 
 def dis_flow(height: int, width: int) -> Flow:

@@ -101,6 +101,28 @@ def test_one_job_compares_several_methods_over_the_same_rows(job_folder):
     assert len({row["output_sha256"] for row in rows}) == 7, "plain generation does not depend on the reference"
     alone = make_plan(load_spec(write_spec(job_folder)).job, spec.model.revision)
     assert alone.todo == [], "the row of a method alone is that of the comparison"
+    check_evaluation(job_folder)
+
+
+def check_evaluation(folder: Path) -> None:
+    """The finished job is measured, the methods are compared, and a second evaluation measures nothing."""
+    tables = [folder / name for name in ("table.csv", "table.tex", "table.json", "table.png")]
+    options = [part for table in tables for part in ("--table", str(table))]
+    metrics = ["--metric", "motion_fidelity", "--metric", "warp_error", "--metric", "world"]
+    result = CliRunner().invoke(app, ["evaluate", str(folder / "out"), *metrics, *options, "--json"])
+    assert result.exit_code == 0, result.output
+    assert "8 rows to measure" in result.stderr
+    compared = json.loads(result.stdout)
+    assert compared["baseline"] == "plain"
+    by_name = {(entry["variant"], entry["figure"]): entry for entry in compared["entries"]}
+    assert by_name["flow", "track_cosine"]["difference"]["count"] == 2
+    assert {variant for variant, _ in by_name} == {"plain", "flow", "features", "zero-shot"}
+    assert json.loads((folder / "table.json").read_text()) == compared
+    assert all(table.stat().st_size > 0 for table in tables)
+    assert Manifest(Store(str(folder / "out"))).verify() == [], "measurements are no orphans"
+    again = CliRunner().invoke(app, ["evaluate", str(folder / "out"), *metrics])
+    assert "0 rows to measure" in again.stderr
+    assert "zero-shot" in again.stdout
 
 
 def test_extract_jobs_store_one_motion_per_reference(job_folder):

@@ -1,0 +1,84 @@
+"""Measure a finished video against its reference and its prompt: an actor pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ditflow.metrics import METRICS
+from ditflow.metrics.base import EvaluatedClip, NotMeasurableError
+from ditflow.video import read_video
+from pipeline.job import Job
+from pipeline.manifest import output_key
+from pipeline.measurements import Figure, Measurements
+from pipeline.plan import Input
+from pipeline.stages.attempt import Desk, Outcome
+from pipeline.stages.read import Row, read_unchanged
+
+
+class OutputChangedError(RuntimeError):
+    """A video is not the one that its row of the manifest tells of."""
+
+
+class EvaluateRow:
+    """Takes the metrics that a row has not got, and stores them; a row that fails keeps none and can be run again."""
+
+    def __init__(self, job: Job):
+        self._job, self._desk = job, Desk(job)
+        self._metrics = {name: METRICS[name].from_settings(job.metrics) for name in job.metrics.names}
+
+    def __call__(self, row: Row) -> Row:
+        """Measure one row of the manifest (JSON); return what the driver shows."""
+        made, names, started = json.loads(row["made"]), json.loads(row["metrics"]), time.perf_counter()
+        work_id = f"evaluate-{made['row_id']}"
+        outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names))
+        self._desk.ledger.end(work_id)
+        return {
+            "row_id": made["row_id"],
+            "status": "ok" if outcome.fault is None else "failed",
+            "loss_final": None,
+            "seconds_total": time.perf_counter() - started,
+            "error_message": outcome.fault and outcome.fault.message,
+        }
+
+    def _measure(self, made: dict[str, Any], names: list[str]) -> None:
+        clip = EvaluatedClip(self._generated(made), self._reference(made), made["prompt"])
+        figures = [figure for name in names for figure in self._figures(name, clip)]
+        Measurements(self._desk.store).write(made["row_id"], self._job.metrics, figures)
+
+    def _figures(self, name: str, clip: EvaluatedClip) -> Iterator[Figure]:
+        missing = [need for need in METRICS[name].needs if getattr(clip, need) is None]
+        if missing:
+            yield Figure(name, name, None, f"the row has no {' and no '.join(missing)}")
+            return
+        try:
+            values = self._metrics[name](clip)
+        except NotMeasurableError as error:
+            yield Figure(name, name, None, str(error))
+            return
+        yield from (Figure(name, figure, value) for figure, value in values.items())
+
+    def _generated(self, made: dict[str, Any]) -> np.ndarray:
+        key = output_key(made["output_uri"])
+        assert key is not None, "only rows with a video are evaluated"
+        data = self._desk.store.read(key)
+        if hashlib.sha256(data).hexdigest() != made["output_sha256"]:
+            raise OutputChangedError(
+                f"{key} is not the video that was recorded: its SHA-256 is another. `ditflow manifest verify` finds "
+                "all such files; remove it and its row, and run the job again."
+            )
+        size = {side: made[side] for side in ("frames", "height", "width")}
+        return read_video(data, **size, name=key).frames
+
+    def _reference(self, made: dict[str, Any]) -> np.ndarray | None:
+        """The frames of the reference that were used, or None for a row without one."""
+        video = json.loads(made["spec_json"])["video"]
+        if made["reference_uri"] is None or video is None:
+            return None
+        source = Input(made["reference_uri"], made["reference_sha256"])
+        return read_video(read_unchanged(source, self._job), **video, name=source.uri).frames

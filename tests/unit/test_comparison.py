@@ -1,0 +1,167 @@
+"""Measurements and what they say of methods: storage, resume, intervals, paired differences, tables."""
+
+import csv
+import io
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from ditflow.metrics import METRICS
+from ditflow.metrics.base import MetricSettings
+from ditflow.settings import SettingsError
+from pipeline.comparison import ComparisonError, compare
+from pipeline.manifest import Manifest
+from pipeline.measurements import Figure, Measurements
+from pipeline.store import Store
+
+SETTINGS = MetricSettings()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "out"))
+
+
+def row_id(variant: str, number: int) -> str:
+    return f"{variant}{number}".encode().hex().zfill(24)[-24:]
+
+
+def finish(store: Store, variant: str, number: int, **columns) -> str:
+    """Record a finished video without making it."""
+    name = row_id(variant, number)
+    values = {
+        "row_id": name,
+        "status": "ok",
+        "variant": variant,
+        "method": "none" if variant == "plain" else "ditflow",
+        "reference_sha256": f"{number:x}",
+        "prompt": "a ball",
+        "seed": 1,
+        "output_uri": store.uri_of(f"videos/{name}.mp4"),
+        "output_sha256": "0" * 64,
+        "output_bytes": 1,
+        "started_at": NOW,
+        "finished_at": NOW,
+    }
+    Manifest(store).commit({**values, **columns})
+    return name
+
+
+def measure(store: Store, name: str, value: float | None, settings: MetricSettings = SETTINGS) -> None:
+    reason = None if value is not None else "it does not move"
+    figures = [Figure("motion_fidelity", "motion_fidelity", value, reason), Figure("warp_error", "warp_error", 2.0)]
+    Measurements(store).write(name, settings, figures)
+
+
+# ---- the metrics
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_found_by_its_own_name_and_names_its_settings(name):
+    metric = METRICS[name]
+    assert metric.name == name
+    assert set(metric.needs) <= {"reference", "prompt"}
+    assert set(metric.settings) <= set(MetricSettings.__dataclass_fields__)
+    assert all(callable(getattr(metric, method)) for method in ("from_settings", "__call__"))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"names": ("beauty",)}, "names"),
+        ({"names": ()}, "names"),
+        ({"tracker": "eye"}, "tracker"),
+        ({"tracker": "cotracker3"}, "tracker_weights"),
+        ({"tracker_weights": "w.pt"}, "tracker_weights"),
+        ({"least_common": 1.5}, "least_common"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_their_key(change, key):
+    with pytest.raises(SettingsError) as refused:
+        MetricSettings(**change)
+    assert refused.value.key == key
+
+
+# ---- the measurements
+
+
+def test_what_is_measured_is_not_measured_again(store):
+    names = [finish(store, "flow", number) for number in range(3)]
+    assert [task.metrics for task in Measurements(store).todo(SETTINGS)] == [("motion_fidelity", "warp_error")] * 3
+    measure(store, names[1], 0.5)
+    assert {task.row["row_id"] for task in Measurements(store).todo(SETTINGS)} == {names[0], names[2]}
+
+
+def test_only_settings_that_matter_to_a_metric_have_it_measured_again(store):
+    measure(store, finish(store, "flow", 0), 0.5)
+    (task,) = Measurements(store).todo(MetricSettings(tracker="lucas-kanade"))
+    assert task.metrics == ("motion_fidelity",)
+    assert Measurements(store).todo(MetricSettings(clip="/elsewhere")) == []
+
+
+def test_failed_rows_and_banks_are_not_measured(store):
+    failed = {"error_kind": "permanent", "error_class": "E", "error_message": "no", "output_uri": None}
+    finish(store, "flow", 0, status="failed", output_sha256=None, output_bytes=None, **failed)
+    finish(store, "flow", 1, output_uri=store.uri_of(f"banks/{row_id('flow', 1)}.safetensors"))
+    assert Measurements(store).todo(SETTINGS) == []
+
+
+def test_measurements_of_other_settings_stand_beside_each_other(store):
+    name = finish(store, "flow", 0)
+    other = MetricSettings(tracker="lucas-kanade")
+    measure(store, name, 0.5)
+    measure(store, name, 0.7, other)
+    assert Measurements(store).values(SETTINGS)[name]["motion_fidelity"] == 0.5
+    assert Measurements(store).values(other)[name]["motion_fidelity"] == 0.7
+
+
+# ---- the comparison
+
+
+def test_means_and_paired_differences_in_closed_form(store):
+    for number in range(4):
+        measure(store, finish(store, "plain", number), 0.1 * number)
+        measure(store, finish(store, "flow", number), 0.1 * number + 0.5)
+    comparison = compare(store, SETTINGS)
+    assert comparison.baseline == "plain"
+    flow, plain = (comparison.at(name, "motion_fidelity") for name in ("flow", "plain"))
+    assert (flow.interval.mean, plain.interval.mean) == (pytest.approx(0.65), pytest.approx(0.15))
+    assert flow.difference.low == flow.difference.high == pytest.approx(0.5), "every pair gains the same"
+    assert flow.interval.low < flow.interval.mean < flow.interval.high
+    assert plain.difference is None
+
+
+def test_differences_are_of_the_pairs_that_both_methods_made(store):
+    for number, value in enumerate([0.0, 1.0]):
+        measure(store, finish(store, "plain", number), value)
+    for number, value in enumerate([0.2, None, 0.9]):
+        measure(store, finish(store, "flow", number), value)
+    flow = compare(store, SETTINGS).at("flow", "motion_fidelity")
+    assert (flow.interval.count, flow.without) == (2, 1)
+    assert (flow.difference.mean, flow.difference.count) == (pytest.approx(0.2), 1)
+
+
+def test_tables_hold_every_method_and_figure(store):
+    for variant in ("plain", "flow_1"):
+        measure(store, finish(store, variant, 0), 0.25)
+    comparison = compare(store, SETTINGS)
+    lines = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert {(line["variant"], line["figure"]) for line in lines} == {
+        (variant, figure) for variant in ("plain", "flow_1") for figure in ("motion_fidelity", "warp_error")
+    }
+    assert {line["mean"] for line in lines if line["figure"] == "motion_fidelity"} == {"0.25"}
+    latex = comparison.to_latex()
+    assert r"flow\_1 & 0.250" in latex
+    assert latex.count(r"\\") == 3
+    assert json.loads(json.dumps(comparison.to_dict()))["baseline"] == "plain"
+
+
+def test_nothing_measured_and_an_unknown_baseline_are_refused(store):
+    name = finish(store, "flow", 0)
+    with pytest.raises(ComparisonError, match="no row is measured"):
+        compare(store, SETTINGS)
+    measure(store, name, 0.5)
+    with pytest.raises(ComparisonError, match="'best' is none of the job's methods: flow"):
+        compare(store, SETTINGS, baseline="best")
