@@ -41,7 +41,7 @@ from ditflow.backbones import load
 from ditflow.backbones.base import Backbone
 from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
 from ditflow.mini.measure import block_scores
-from ditflow.mini.world import TrueMotion, prompt_of, render, sample_scene, true_motion
+from ditflow.mini.world import Scene, TrueMotion, near_sprites, prompt_of, render, sample_scene, true_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 
@@ -459,8 +459,11 @@ def encode_clips(vae: AutoencoderKLCogVideoX, seeds: Sequence[int], dtype: torch
 
 PROMPT_DROPOUT = 0.1
 CORRESPONDENCE_WEIGHT = 0.05
+SPRITE_WEIGHT = 4.0
+"""Of latents around sprites, of the others 1: grounds fill the picture, and would be all that is learned."""
 TEMPERATURE = 2.0
 """Of the softmax in which motion is read from attention."""
+SIZE = (FRAMES, HEIGHT, WIDTH)
 GRID = ((FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
 """Latent frames, and patches along height and width."""
 
@@ -520,11 +523,17 @@ class Denoiser:
         return self.pipeline.tokenizer(list(prompts), **options).input_ids
 
     def loss(
-        self, clean: Tensor, words: Tensor, generator: torch.Generator, motion: Sequence[TrueMotion] = ()
+        self,
+        clean: Tensor,
+        words: Tensor,
+        generator: torch.Generator,
+        weight: Tensor | None = None,
+        motion: Sequence[TrueMotion] = (),
     ) -> Tensor:
         """Return the mean squared error of the predicted velocity of latents [B, F, C, h, w]; words [B, L].
 
-        With the clips' true motion, the correspondence loss of the taught block is added.
+        weight: of the errors, [B, F, 1, h, w]. With the clips' true motion, the correspondence loss of the taught
+        block is added.
         """
         alphas = self.pipeline.scheduler.alphas_cumprod.float()
         timesteps = draw_timesteps(len(clean), len(alphas), generator)
@@ -542,7 +551,8 @@ class Denoiser:
                 image_rotary_emb=self._rotary(clean.shape[1]),
                 return_dict=False,
             )[0]
-        loss = functional.mse_loss(predicted.float(), target)
+        error = (predicted.float() - target).square()
+        loss = error.mean() if weight is None else weighted_mean(error, weight.to(self.device))
         if not motion:
             return loss
         queries, keys = self.taught_block.attn1.processor.taken()
@@ -597,6 +607,19 @@ class SpelledOutAttention:
         return output[:, text:], output[:, :text]
 
 
+def sprite_weight(scenes: Sequence[Scene], shape: Sequence[int]) -> Tensor:
+    """Return the weights [B, F, 1, h, w] of the errors of latents of a shape [B, F, C, h, w]."""
+    _, frames, _, height, width = shape
+    near = np.stack([near_sprites(scene, SIZE, (frames, height, width)) for scene in scenes])
+    return 1 + (SPRITE_WEIGHT - 1) * torch.from_numpy(near)[:, :, None].float()
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean of values, weighted by what can be broadcast to them."""
+    weight = weight.expand_as(values)
+    return (values * weight).sum() / weight.sum()
+
+
 def correspondence_loss(queries: Tensor, keys: Tensor, motion: Sequence[TrueMotion]) -> Tensor:
     """Return how badly attention finds where things went: the cross-entropy of AMF's softmax, half for sprites.
 
@@ -645,9 +668,11 @@ def train_transformer(kind: str, run: Run) -> bool:
         drawn = np.random.default_rng((run.seed, step)).integers(len(latents), size=recipe.batch + recipe.images)
         scenes, generator = [sample_scene(int(clip)) for clip in drawn], _randomness(run.seed, step)
         clean, words = latents.take(drawn.tolist()), denoiser.words([prompt_of(scene) for scene in scenes])
-        motion = [true_motion(scene, (FRAMES, HEIGHT, WIDTH), GRID) for scene in scenes[: recipe.batch]]
-        of_clips = denoiser.loss(clean[: recipe.batch], words[: recipe.batch], generator, motion)
-        return of_clips + denoiser.loss(clean[recipe.batch :, :1], words[recipe.batch :], generator)
+        motion = [true_motion(scene, SIZE, GRID) for scene in scenes[: recipe.batch]]
+        weight = sprite_weight(scenes, clean.shape)
+        clips, images = slice(recipe.batch), slice(recipe.batch, None)
+        of_clips = denoiser.loss(clean[clips], words[clips], generator, weight[clips], motion)
+        return of_clips + denoiser.loss(clean[images, :1], words[images], generator, weight[images, :1])
 
     def on_sample(training: Training) -> None:
         with training.averaged():

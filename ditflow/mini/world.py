@@ -723,6 +723,27 @@ def owner_at(scene: Scene, points: Array, time: Array) -> NDArray[np.int64]:
     return owner
 
 
+def near_sprites(
+    scene: Scene, size: tuple[int, int, int], grid: tuple[int, int, int], temporal_compression: int = 4
+) -> NDArray[np.bool_]:
+    """Return which cells [F, H, W] of a grid lie inside the circle around a sprite, holes and rim included.
+
+    size: frames, height and width of the clip in pixels; grid: latent frames, and cells along height and width. A
+    latent frame stands for all its pixel frames: a cell counts if it is inside in one of them.
+    """
+    (frames, height, width), (grid_frames, grid_height, grid_width) = size, grid
+    view = _View(frames, height, width)
+    time = view.scene_time(np.arange(frames, dtype=float))
+    x, y = (((np.arange(n) + 0.5) / n - 0.5) * s / view.scale for n, s in ((grid_width, width), (grid_height, height)))
+    points = np.stack(np.meshgrid(x, y), axis=-1)
+    inside = np.zeros((frames, grid_height, grid_width), bool)
+    for sprite in scene.sprites:
+        distance = np.linalg.norm(points[None] - sprite.path.centre(time)[:, None, None], axis=-1)
+        inside |= distance <= REACH * sprite.path.size(time)[:, None, None]
+    latent_frame = -(-np.arange(frames) // temporal_compression)
+    return np.stack([inside[latent_frame == frame].any(axis=0) for frame in range(grid_frames)])
+
+
 def _sprite_way(path: Path, start: Array, before: Array, after: Array) -> Array:
     growth = (path.size(after) / path.size(before) - 1)[..., None]
     return path.centre(after) - path.centre(before) + growth * (start - path.centre(before))

@@ -12,7 +12,7 @@ from ditflow.backbones import load
 from ditflow.mini import train
 from ditflow.mini.build import build_pipeline
 from ditflow.mini.measure import flow_score
-from ditflow.mini.world import prompt_of, sample_scene, true_motion
+from ditflow.mini.world import prompt_of, render, sample_scene, true_motion
 from ditflow.types import QueriesKeys, TokenGrid
 
 CPU = torch.device("cpu")
@@ -105,6 +105,22 @@ def test_spelled_out_attention_is_diffusers_attention(denoiser):
     torch.testing.assert_close(ours, predict())
 
 
+def test_a_weighted_mean_in_closed_form():
+    values = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    assert train.weighted_mean(values, torch.tensor([[1.0], [3.0]])).item() == pytest.approx((1 + 3 + 15 + 21) / 8)
+
+
+def test_latents_around_sprites_weigh_more():
+    scene = sample_scene(3, sprites=1)
+    weight = train.sprite_weight([scene], (1, 5, 16, 16, 16))[0, :, 0]
+    assert set(weight.unique().tolist()) == {1.0, train.SPRITE_WEIGHT}
+    masks = torch.from_numpy(render(scene).masks[0])
+    covered = masks.unflatten(1, (16, 4)).unflatten(3, (16, 4)).float().mean((2, 4))
+    by_latent_frame = torch.stack([covered[:1].amax(0), *covered[1:].unflatten(0, (4, 4)).amax(1)])
+    assert (weight[by_latent_frame > 0.6] == train.SPRITE_WEIGHT).all(), "what is mostly sprite in one frame"
+    assert (weight == train.SPRITE_WEIGHT).float().mean() < 0.35
+
+
 # ---- the correspondence
 
 
@@ -141,7 +157,7 @@ def test_the_taught_block_is_at_half_depth_and_its_attention_gets_the_gradient()
 
     def gradient(motion):
         denoiser.model.zero_grad()
-        denoiser.loss(latents, words, train._randomness(0, 0), motion).backward()
+        denoiser.loss(latents, words, train._randomness(0, 0), motion=motion).backward()
         return [block.attn1.to_q.weight.grad.clone() for block in pipeline.transformer.transformer_blocks]
 
     differ = [not torch.equal(*pair) for pair in zip(gradient(()), gradient(true_motions(0)), strict=True)]
