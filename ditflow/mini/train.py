@@ -24,7 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,16 @@ from ditflow.backbones import load
 from ditflow.backbones.base import Backbone
 from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
 from ditflow.mini.measure import block_scores
-from ditflow.mini.world import Scene, TrueMotion, near_sprites, prompt_of, render, sample_scene, true_motion
+from ditflow.mini.world import (
+    Scene,
+    TrueMotion,
+    near_sprites,
+    prompt_of,
+    render,
+    sample_scene,
+    signed_distance,
+    true_motion,
+)
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 
@@ -459,6 +468,9 @@ def encode_clips(vae: AutoencoderKLCogVideoX, seeds: Sequence[int], dtype: torch
 
 PROMPT_DROPOUT = 0.1
 CORRESPONDENCE_WEIGHT = 0.05
+SILHOUETTE_WEIGHT = 0.5
+SILHOUETTE_REACH = 12.0
+"""Pixels from a silhouette beyond which its distance is not told."""
 SPRITE_WEIGHT = 4.0
 """Of latents around sprites, of the others 1: grounds fill the picture, and would be all that is learned."""
 TEMPERATURE = 2.0
@@ -492,18 +504,27 @@ def drop_prompts(words: Tensor, empty: Tensor, generator: torch.Generator) -> Te
     return torch.where(dropped[:, None], empty, words)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Denoiser:
     """A pipeline under training, and the loss of its transformer and text encoder."""
 
     pipeline: CogVideoXPipeline
     device: torch.device
     dtype: torch.dtype
+    silhouette: nn.Linear = field(init=False)
 
     def __post_init__(self) -> None:
+        config = self.pipeline.transformer.config
+        self.silhouette = _zero_linear(config.num_attention_heads * config.attention_head_dim, 4)
         for block in self.pipeline.transformer.transformer_blocks:
             if self.device.type == "cpu" or block is self.taught_block:
                 block.attn1.set_processor(SpelledOutAttention())
+
+    @property
+    def seen_block(self) -> Any:
+        """The block whose tokens are taught to know where silhouettes are: the one before `taught_block`."""
+        blocks = self.pipeline.transformer.transformer_blocks
+        return blocks[max(len(blocks) // 2 - 1, 0)]
 
     @property
     def taught_block(self) -> Any:
@@ -513,8 +534,9 @@ class Denoiser:
 
     @property
     def model(self) -> nn.ModuleDict:
-        """What is trained."""
-        return nn.ModuleDict({"transformer": self.pipeline.transformer, "text_encoder": self.pipeline.text_encoder})
+        """What is trained; the silhouette head is of no use afterwards."""
+        parts = {"transformer": self.pipeline.transformer, "text_encoder": self.pipeline.text_encoder}
+        return nn.ModuleDict({**parts, "silhouette": self.silhouette})
 
     def words(self, prompts: Sequence[str]) -> Tensor:
         """Return prompts as token numbers [B, L], padded as the pipeline pads them."""
@@ -527,13 +549,11 @@ class Denoiser:
         clean: Tensor,
         words: Tensor,
         generator: torch.Generator,
-        weight: Tensor | None = None,
-        motion: Sequence[TrueMotion] = (),
+        truth: Truth | None = None,
     ) -> Tensor:
         """Return the mean squared error of the predicted velocity of latents [B, F, C, h, w]; words [B, L].
 
-        weight: of the errors, [B, F, 1, h, w]. With the clips' true motion, the correspondence loss of the taught
-        block is added.
+        With the truth about the clips, errors are weighted, and what the model is taught beside is added.
         """
         alphas = self.pipeline.scheduler.alphas_cumprod.float()
         timesteps = draw_timesteps(len(clean), len(alphas), generator)
@@ -542,8 +562,8 @@ class Denoiser:
         target = velocity(clean, noise, alpha_bar).to(self.device)
         noisy = add_noise(clean, noise, alpha_bar).to(self.device)
         words = drop_prompts(words, self.words([""])[0], generator).to(self.device)
-        self.taught_block.attn1.processor.keeps = bool(motion)
-        with _precision(self.device, self.dtype):
+        self.taught_block.attn1.processor.keeps = truth is not None and bool(truth.motion)
+        with _precision(self.device, self.dtype), _outputs_of(self.seen_block) as features:
             predicted = self.pipeline.transformer(
                 hidden_states=noisy,
                 encoder_hidden_states=self.pipeline.text_encoder(words)[0],
@@ -552,11 +572,19 @@ class Denoiser:
                 return_dict=False,
             )[0]
         error = (predicted.float() - target).square()
-        loss = error.mean() if weight is None else weighted_mean(error, weight.to(self.device))
-        if not motion:
-            return loss
-        queries, keys = self.taught_block.attn1.processor.taken()
-        return loss + CORRESPONDENCE_WEIGHT * correspondence_loss(queries, keys, motion)
+        if truth is None:
+            return error.mean()
+        loss = weighted_mean(error, truth.weight.to(self.device))
+        loss += SILHOUETTE_WEIGHT * self._silhouette_loss(features[0][0].float(), truth)
+        if truth.motion:
+            queries, keys = self.taught_block.attn1.processor.taken()
+            loss += CORRESPONDENCE_WEIGHT * correspondence_loss(queries, keys, truth.motion)
+        return loss
+
+    def _silhouette_loss(self, tokens: Tensor, truth: Truth) -> Tensor:
+        """Return the weighted error of the distances to silhouettes that a linear head reads from tokens [B, S, D]."""
+        seen, weight = (by_patch(part).to(self.device) for part in (truth.silhouette, truth.weight[:, :, 0]))
+        return weighted_mean((self.silhouette(tokens) - seen).square(), weight)
 
     def _rotary(self, frames: int) -> tuple[Tensor, Tensor] | None:
         if not self.pipeline.transformer.config.use_rotary_positional_embeddings:
@@ -607,11 +635,54 @@ class SpelledOutAttention:
         return output[:, text:], output[:, :text]
 
 
-def sprite_weight(scenes: Sequence[Scene], shape: Sequence[int]) -> Tensor:
-    """Return the weights [B, F, 1, h, w] of the errors of latents of a shape [B, F, C, h, w]."""
-    _, frames, _, height, width = shape
-    near = np.stack([near_sprites(scene, SIZE, (frames, height, width)) for scene in scenes])
-    return 1 + (SPRITE_WEIGHT - 1) * torch.from_numpy(near)[:, :, None].float()
+@dataclass(frozen=True)
+class Truth:
+    """What is known of clips beside their latents.
+
+    weight [B, F, 1, h, w]: of the errors, more around sprites. silhouette [B, F, h, w]: distance to the nearest
+    silhouette over `SILHOUETTE_REACH`, in [-1, 1]. motion: of each clip, if they move.
+    """
+
+    weight: Tensor
+    silhouette: Tensor
+    motion: Sequence[TrueMotion] = ()
+
+    @classmethod
+    def of(cls, scenes: Sequence[Scene]) -> Truth:
+        """Return the truth about scenes, on the grid of their latents."""
+        cells = (GRID[0], HEIGHT // 4, WIDTH // 4)
+        near = torch.from_numpy(np.stack([near_sprites(scene, SIZE, cells) for scene in scenes]))
+        distance = torch.from_numpy(np.stack([signed_distance(scene, SIZE, cells) for scene in scenes]))
+        weight = 1 + (SPRITE_WEIGHT - 1) * near[:, :, None].float()
+        silhouette = (distance / SILHOUETTE_REACH).clamp(-1, 1)
+        return cls(weight, silhouette, [true_motion(scene, SIZE, GRID) for scene in scenes])
+
+    def first_frame(self) -> Truth:
+        """Return the truth about the first latent frame alone, which does not move."""
+        return Truth(self.weight[:, :1], self.silhouette[:, :1])
+
+
+def by_patch(cells: Tensor) -> Tensor:
+    """Return cells [B, F, h, w] as the four cells of each patch [B, F*h/2*w/2, 4], in the order of the tokens."""
+    return cells.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4).flatten(1, 3)
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module puts out."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -668,11 +739,10 @@ def train_transformer(kind: str, run: Run) -> bool:
         drawn = np.random.default_rng((run.seed, step)).integers(len(latents), size=recipe.batch + recipe.images)
         scenes, generator = [sample_scene(int(clip)) for clip in drawn], _randomness(run.seed, step)
         clean, words = latents.take(drawn.tolist()), denoiser.words([prompt_of(scene) for scene in scenes])
-        motion = [true_motion(scene, SIZE, GRID) for scene in scenes[: recipe.batch]]
-        weight = sprite_weight(scenes, clean.shape)
         clips, images = slice(recipe.batch), slice(recipe.batch, None)
-        of_clips = denoiser.loss(clean[clips], words[clips], generator, weight[clips], motion)
-        return of_clips + denoiser.loss(clean[images, :1], words[images], generator, weight[images, :1])
+        of_clips = denoiser.loss(clean[clips], words[clips], generator, Truth.of(scenes[clips]))
+        truth = Truth.of(scenes[images]).first_frame()
+        return of_clips + denoiser.loss(clean[images, :1], words[images], generator, truth)
 
     def on_sample(training: Training) -> None:
         with training.averaged():

@@ -723,6 +723,32 @@ def owner_at(scene: Scene, points: Array, time: Array) -> NDArray[np.int64]:
     return owner
 
 
+def signed_distance(
+    scene: Scene, size: tuple[int, int, int], grid: tuple[int, int, int], temporal_compression: int = 4
+) -> NDArray[np.float32]:
+    """Return the distance [F, H, W] in pixels from a grid's cells to the nearest silhouette, negative inside it.
+
+    size and grid as in `near_sprites`; a latent frame is looked at in its middle, see `latent_frame_times`.
+    """
+    view = _View(*size)
+    time = view.scene_time(latent_frame_times(grid[0], temporal_compression))
+    points = _cell_centres(view, grid)[None]
+    nearest = np.full(grid, np.inf)
+    for sprite in scene.sprites:
+        radius = sprite.path.size(time)[:, None, None]
+        local = (points - sprite.path.centre(time)[:, None, None]) / radius[..., None]
+        distance = SHAPES[sprite.appearance.shape](local[..., 0], local[..., 1]) * radius * view.scale
+        nearest = np.minimum(nearest, distance)
+    return nearest.astype(np.float32)
+
+
+def _cell_centres(view: _View, grid: tuple[int, int, int]) -> Array:
+    """Return the centres [H, W, 2] of a grid's cells in world units."""
+    sizes = ((grid[2], view.width), (grid[1], view.height))
+    x, y = (((np.arange(cells) + 0.5) / cells - 0.5) * pixels / view.scale for cells, pixels in sizes)
+    return np.stack(np.meshgrid(x, y), axis=-1)
+
+
 def near_sprites(
     scene: Scene, size: tuple[int, int, int], grid: tuple[int, int, int], temporal_compression: int = 4
 ) -> NDArray[np.bool_]:
@@ -731,17 +757,15 @@ def near_sprites(
     size: frames, height and width of the clip in pixels; grid: latent frames, and cells along height and width. A
     latent frame stands for all its pixel frames: a cell counts if it is inside in one of them.
     """
-    (frames, height, width), (grid_frames, grid_height, grid_width) = size, grid
-    view = _View(frames, height, width)
+    view, frames = _View(*size), size[0]
     time = view.scene_time(np.arange(frames, dtype=float))
-    x, y = (((np.arange(n) + 0.5) / n - 0.5) * s / view.scale for n, s in ((grid_width, width), (grid_height, height)))
-    points = np.stack(np.meshgrid(x, y), axis=-1)
-    inside = np.zeros((frames, grid_height, grid_width), bool)
+    points = _cell_centres(view, grid)[None]
+    inside = np.zeros((frames, *grid[1:]), bool)
     for sprite in scene.sprites:
-        distance = np.linalg.norm(points[None] - sprite.path.centre(time)[:, None, None], axis=-1)
+        distance = np.linalg.norm(points - sprite.path.centre(time)[:, None, None], axis=-1)
         inside |= distance <= REACH * sprite.path.size(time)[:, None, None]
     latent_frame = -(-np.arange(frames) // temporal_compression)
-    return np.stack([inside[latent_frame == frame].any(axis=0) for frame in range(grid_frames)])
+    return np.stack([inside[latent_frame == frame].any(axis=0) for frame in range(grid[0])])
 
 
 def _sprite_way(path: Path, start: Array, before: Array, after: Array) -> Array:

@@ -112,13 +112,37 @@ def test_a_weighted_mean_in_closed_form():
 
 def test_latents_around_sprites_weigh_more():
     scene = sample_scene(3, sprites=1)
-    weight = train.sprite_weight([scene], (1, 5, 16, 16, 16))[0, :, 0]
+    weight = train.Truth.of([scene]).weight[0, :, 0]
     assert set(weight.unique().tolist()) == {1.0, train.SPRITE_WEIGHT}
     masks = torch.from_numpy(render(scene).masks[0])
     covered = masks.unflatten(1, (16, 4)).unflatten(3, (16, 4)).float().mean((2, 4))
     by_latent_frame = torch.stack([covered[:1].amax(0), *covered[1:].unflatten(0, (4, 4)).amax(1)])
     assert (weight[by_latent_frame > 0.6] == train.SPRITE_WEIGHT).all(), "what is mostly sprite in one frame"
     assert (weight == train.SPRITE_WEIGHT).float().mean() < 0.35
+
+
+def test_the_distance_to_silhouettes_is_negative_on_sprites_alone():
+    scene = sample_scene(3, sprites=1)
+    masks = torch.from_numpy(render(scene).masks[0])[0]
+    covered = masks.unflatten(0, (16, 4)).unflatten(2, (16, 4)).float().mean((1, 3))
+    distance = train.Truth.of([scene]).silhouette[0, 0]
+    assert (distance[covered == 1] < 0).all()
+    assert (distance[covered == 0] > 0).all()
+    assert distance.abs().max() == 1
+
+
+def test_cells_are_taken_in_the_order_of_the_tokens():
+    cells = torch.arange(2 * 5 * 16 * 16.0).view(2, 5, 16, 16)
+    tokens = train.by_patch(cells)
+    assert tokens.shape == (2, 320, 4)
+    assert tokens[1, 64 * 3 + 8 * 2 + 5].tolist() == cells[1, 3, 4:6, 10:12].flatten().tolist()
+
+
+def test_tokens_are_taught_where_silhouettes_are(denoiser):
+    latents, words, truth = torch.randn(1, 5, 16, 16, 16), denoiser.words(["a ball"]), train.Truth.of([sample_scene(0)])
+    denoiser.loss(latents, words, train._randomness(0, 0), truth).backward()
+    assert denoiser.silhouette.weight.grad.any()
+    assert not denoiser.seen_block._forward_hooks, "the model is as it was"
 
 
 # ---- the correspondence
@@ -155,12 +179,14 @@ def test_the_taught_block_is_at_half_depth_and_its_attention_gets_the_gradient()
     assert denoiser.taught_block is pipeline.transformer.transformer_blocks[2]
     latents, words = torch.randn(1, 5, 16, 16, 16), denoiser.words(["a ball"])
 
-    def gradient(motion):
+    def gradient(truth):
         denoiser.model.zero_grad()
-        denoiser.loss(latents, words, train._randomness(0, 0), motion=motion).backward()
+        denoiser.loss(latents, words, train._randomness(0, 0), truth).backward()
         return [block.attn1.to_q.weight.grad.clone() for block in pipeline.transformer.transformer_blocks]
 
-    differ = [not torch.equal(*pair) for pair in zip(gradient(()), gradient(true_motions(0)), strict=True)]
+    truth = train.Truth.of([sample_scene(0)])
+    still = dataclasses.replace(truth, motion=())
+    differ = [not torch.equal(*pair) for pair in zip(gradient(still), gradient(truth), strict=True)]
     assert train.half_precision_copy(pipeline).transformer.dtype == torch.float16, "nothing of the pass is left behind"
     assert differ == [True, True, True, False]
 
