@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check format bench bench-mini sweep-mini mini clean
 
 quickstart: .venv/installed
 	$(BIN)/ditflow mini clips outputs/quickstart/references --count 2
@@ -29,6 +29,18 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.bench
+
+# Half an hour on 2 cores, and as long again for the sweep of every model.
+bench-mini: .venv/installed
+	$(BIN)/python -m benchmarks.mini
+
+sweep-mini: .venv/installed
+	$(BIN)/python -m benchmarks.mini_sweep
+
+# Hours on a CPU, in the background of other work; minutes on a GPU. Stopped and started again, it goes on.
+# The models that come out are used by their folders: ditflow transfer --model outputs/mini/mini-rotary ...
+mini: .venv/installed
+	nice -n 19 $(BIN)/python -m ditflow.mini.train --out outputs/mini
 
 # The constraints pin torch first, so that pip never looks for a newer build of it.
 .venv/installed: pyproject.toml constraints.txt

@@ -15,7 +15,7 @@ def write_spec(folder: Path, **changes) -> Path:
         "kind": "synthesize",
         "name": "test",
         "model": {"path": "mini"},
-        "references": {"uri": str(folder / "references"), "frames": 9, "height": 32, "width": 32},
+        "references": {"uri": str(folder / "references"), "frames": 9, "height": 32, "width": 32, "stride": 2},
         "prompts": ["a red ball moving over grass"],
         "seeds": [1],
         "method": {"name": "ditflow", "optimize": "latent", "guided_steps": 2, "iterations": 2},

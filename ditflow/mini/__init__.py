@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+WEIGHTS = Path(__file__).parent / "weights"
+
 
 def mini_folder(name: str) -> Path:
-    """Return the folder of an embedded model (`mini`, `mini-rotary`, `mini-additive`), built on the first call."""
-    from ditflow.mini import build
-
-    return build.mini_folder(name)
+    """Return the folder of an embedded model: `mini-rotary`, which is also called `mini`, or `mini-additive`."""
+    return WEIGHTS / ("mini-rotary" if name == "mini" else name)

@@ -1,17 +1,13 @@
-"""The embedded tiny CogVideoX models, built by code through diffusers' own classes.
+"""The architecture of the embedded tiny CogVideoX models, in diffusers' own classes, with random weights.
 
 64x64 pixels, 17 frames: latents 5x16x16 with 16 channels, 8x8 patches, 320 video tokens. Two kinds, like the released
 models: `mini-rotary` (5B: rotary embedding, DPM scheduler) and `mini-additive` (2B: sin-cos embedding, DDIM).
-The weights are random, drawn from a fixed seed: the models move pixels, they do not yet know what a video looks like.
+`train.py` makes the weights that lie in `weights/`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import string
-import tempfile
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -22,39 +18,13 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
-from transformers.utils.logging import disable_progress_bar
 
-from ditflow.cache import cache_folder
 from ditflow.mini.world import VOCABULARY
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 64
 TEXT_TOKENS = 32
 LAYERS = 6
 _TEXT_DIM = 64
-_FORMAT = 2
-"""Raised whenever the recipe below changes, so that cached folders of older recipes are not used."""
-
-
-def mini_folder(name: str) -> Path:
-    """Return the folder of an embedded model, built on the first call (about a second)."""
-    kind = "mini-rotary" if name == "mini" else name
-    folder = cache_folder() / f"{kind}-v{_FORMAT}"
-    if not (folder / "model_index.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        disable_progress_bar()
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        build_pipeline(rotary=kind == "mini-rotary").save_pretrained(temporary)
-        _publish(temporary, folder)
-    return folder
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Rename into place; when another process was faster, its folder is the same as ours."""
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        assert (folder / "model_index.json").is_file(), f"{folder} is in the way: remove it"
 
 
 def build_pipeline(

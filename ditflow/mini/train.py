@@ -103,8 +103,8 @@ RECIPES = {
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "rotary": {"blocks": [5]},
-    "additive": {"blocks": [5]},
+    "rotary": {"blocks": [3], "learning_rate": [0.02, 0.01]},
+    "additive": {"blocks": [3], "learning_rate": [0.02, 0.01]},
 }
 """What guides best, by `python -m benchmarks.mini_sweep`; every folder carries its own in `ditflow.json`."""
 

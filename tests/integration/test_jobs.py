@@ -161,7 +161,7 @@ def test_four_bad_references_fail_alone_with_their_reasons(job_folder, reference
     for name in ("clip-0002.mp4", "clip-0003.mp4"):
         shutil.copy(references / name, folder)
     uris = [str(file) for file in sorted(folder.iterdir())] + [str(folder / "missing.mp4")]
-    spec = write_spec(job_folder, references={"uri": uris, "frames": 9, "height": 32, "width": 32})
+    spec = write_spec(job_folder, references={"uri": uris, "frames": 9, "height": 32, "width": 32, "stride": 2})
     result = CliRunner().invoke(app, ["run", str(spec)])
     assert result.exit_code == 3, result.output
     rows = {Path(row["reference_uri"]).name: row for row in rows_of(job_folder / "out")}
@@ -179,7 +179,7 @@ def test_retry_failed_does_only_the_failed_rows_again(job_folder, references):
     broken = job_folder / "references/clip-0001.mp4"
     whole = broken.read_bytes()
     missing = {"uri": [str(job_folder / "references/clip-0000.mp4"), str(job_folder / "late.mp4")]}
-    size = {"frames": 9, "height": 32, "width": 32}
+    size = {"frames": 9, "height": 32, "width": 32, "stride": 2}
     _, tally, _ = run(write_spec(job_folder, references={**missing, **size}))
     assert (tally.ok, tally.failed) == (1, 1)
     _, tally, rows = run(write_spec(job_folder, references={**missing, **size}))
@@ -223,7 +223,7 @@ def test_references_prompts_and_outputs_on_object_storage(s3_bucket, references)
     folder = references.parent
     spec = write_spec(
         folder,
-        references={"uri": f"s3://{s3_bucket}/in/refs", "frames": 9, "height": 32, "width": 32},
+        references={"uri": f"s3://{s3_bucket}/in/refs", "frames": 9, "height": 32, "width": 32, "stride": 2},
         prompts={"uri": f"s3://{s3_bucket}/in/prompts.csv"},
         output={"uri": out.uri},
     )

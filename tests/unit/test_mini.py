@@ -1,0 +1,64 @@
+"""The embedded models as they are shipped."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from ditflow import backbones
+from ditflow.mini import WEIGHTS
+from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
+from ditflow.mini.measure import look_at
+from ditflow.mini.train import DEFAULTS, KINDS
+from ditflow.mini.world import render, sample_scene
+
+MODELS = tuple(f"mini-{kind}" for kind in KINDS)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> backbones.Backbone:
+    return backbones.load(request.param, device="cpu")
+
+
+def test_all_weights_together_are_at_most_12_megabytes_of_safetensors_in_16_bits():
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 12e6
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".md"}
+    for file in WEIGHTS.rglob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shipped_folder_has_the_architecture_that_the_code_builds(kind):
+    pipeline = build_pipeline(rotary=kind == "rotary")
+    for part in ("transformer", "vae", "scheduler"):
+        (file,) = (WEIGHTS / f"mini-{kind}" / part).glob("*config.json")
+        shipped, built = json.loads(file.read_text()), dict(getattr(pipeline, part).config)
+        trained = {"scaling_factor"}
+        assert {key: value for key, value in shipped.items() if key[0] != "_" and key not in trained} == {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in built.items()
+            if key[0] != "_" and key not in trained
+        }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shipped_folder_carries_the_defaults_of_the_training_script(kind):
+    assert json.loads((WEIGHTS / f"mini-{kind}" / "ditflow.json").read_text()) == DEFAULTS[kind]
+
+
+def test_the_size_is_the_training_clips(model):
+    assert model.geometry.sample_size == (FRAMES, HEIGHT, WIDTH)
+
+
+def test_the_autoencoder_keeps_what_a_clip_shows(model):
+    for seed in range(3):
+        clip = render(sample_scene(seed, "eval", sprites=1))
+        made = model.decode_latents(model.encode_video(clip.frames), FRAMES)
+        error = np.square(made.astype(float) - clip.frames).mean()
+        assert 10 * np.log10(255**2 / error) > 22
+        seen, look = look_at(made), clip.scene.sprites[0].appearance
+        named = (seen.colour, seen.shape, seen.background)
+        assert named == (look.colour, look.shape, clip.scene.background.name)
