@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
     from pipeline.job import Job
+    from pipeline.measurements import Task
+    from pipeline.plan import Plan
 
 SOME_FAILED, WRONG_REQUEST, OTHER_ERROR = 3, 2, 1
 
@@ -213,7 +215,9 @@ def plan(
 
         spec = load_spec(job, set_ or ())
         if spec.job.kind == "evaluate":
-            _print_measuring(spec.job, as_json)
+            todo = len(_to_measure(spec.job))
+            if as_json:
+                _emit(name=spec.job.name, kind=spec.job.kind, todo=todo)
             return
         planned = _plan_of(spec, retry=())
         if as_json:
@@ -262,18 +266,11 @@ def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as
     return failed == 0
 
 
-def _run_rows(spec: ReadySpec, planned: Any, as_json: bool) -> int:
+def _run_rows(spec: ReadySpec, planned: Plan, as_json: bool) -> int:
     """Do the rows of a plan, showing each as it ends; return how many failed."""
-    from jobs.display import RowProgress
     from pipeline.run import run_plan
 
-    with RowProgress(spec.job.name, len(planned.todo), screen) as progress:
-
-        def on_row(row: dict[str, Any]) -> None:
-            progress.show(row)
-            if as_json:
-                _emit(**row)
-
+    with _shown_rows(spec.job.name, len(planned.todo), as_json) as on_row:
         tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row)
     screen.print(
         f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
@@ -281,7 +278,22 @@ def _run_rows(spec: ReadySpec, planned: Any, as_json: bool) -> int:
     return tally.not_ok
 
 
-def _plan_of(spec: ReadySpec, retry: tuple[str, ...]) -> Any:
+@contextmanager
+def _shown_rows(job: str, rows: int, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a job's progress; what it lends takes each row as it ends."""
+    from jobs.display import RowProgress
+
+    with RowProgress(job, rows, screen) as progress:
+
+        def on_row(row: dict[str, Any]) -> None:
+            progress.show(row)
+            if as_json:
+                _emit(**row)
+
+        yield on_row
+
+
+def _plan_of(spec: ReadySpec, retry: tuple[str, ...]) -> Plan:
     from jobs.spec import check_output
     from pipeline.plan import make_plan
 
@@ -291,25 +303,25 @@ def _plan_of(spec: ReadySpec, retry: tuple[str, ...]) -> Any:
 
 def _evaluate_job(job: Job, as_json: bool) -> bool:
     """Measure what is not measured yet; return whether all rows could be."""
-    from jobs.display import RowProgress
-    from pipeline.measurements import Measurements
     from pipeline.run import run_evaluation
-    from pipeline.store import Store
 
-    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
-    screen.print(f"{job.name}: {len(tasks)} rows to measure: {', '.join(job.metrics.names)}")
-    with RowProgress(job.name, len(tasks), screen) as progress:
-
-        def on_row(row: dict[str, Any]) -> None:
-            progress.show(row)
-            if as_json:
-                _emit(**row)
-
+    tasks = _to_measure(job)
+    with _shown_rows(job.name, len(tasks), as_json) as on_row:
         tally = run_evaluation(job, tasks, on_row)
     return tally.not_ok == 0
 
 
-def _print_plan(spec: ReadySpec, planned: Any) -> None:
+def _to_measure(job: Job) -> list[Task]:
+    """Return, and say, what of a finished job is not measured yet."""
+    from pipeline.measurements import Measurements
+    from pipeline.store import Store
+
+    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
+    screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
+    return tasks
+
+
+def _print_plan(spec: ReadySpec, planned: Plan) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
@@ -372,16 +384,6 @@ def evaluate(
         _emit(**comparison.to_dict()) if as_json else print_comparison(comparison)
     if not measured:
         raise typer.Exit(SOME_FAILED)
-
-
-def _print_measuring(job: Job, as_json: bool) -> None:
-    from pipeline.measurements import Measurements
-    from pipeline.store import Store
-
-    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
-    if as_json:
-        _emit(name=job.name, kind=job.kind, todo=len(tasks))
-    screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
 
 
 @manifest_app.command("show")

@@ -33,23 +33,17 @@ _EXTRACT_GPU_SHARE, _GENERATE_GPU_SHARE = 0.2, 0.8
 
 
 def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterator[Row]:
-    """Run the rows to do; yield each row's id, status, final loss, seconds and error as it is committed."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = build(job, todo, model_revision)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    """Run the rows to do; return each row's id, status, final loss, seconds and error as it is committed."""
+    return _as_they_end(build(job, todo, model_revision))
 
 
 def evaluated_rows(job: Job, tasks: list[Task]) -> Iterator[Row]:
-    """Measure finished rows; yield each row's id, status, seconds and error as it is done."""
-    DataContext.get_current().enable_progress_bars = False
+    """Measure finished rows; return each row's id, status, seconds and error as it is done."""
     rows = [{"made": json.dumps(task.row, default=str), "metrics": json.dumps(task.metrics)} for task in tasks]
     measured = _one_row_blocks(rows).map(
         EvaluateRow, fn_constructor_kwargs={"job": job}, **_actors(job.resources.evaluate, 0.0)
     )
-    for batch in measured.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    return _as_they_end(measured)
 
 
 def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
@@ -76,6 +70,12 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
         fn_constructor_kwargs=arguments,
         **_actors(job.resources.generate, _GENERATE_GPU_SHARE),
     )
+
+
+def _as_they_end(dataset: Dataset) -> Iterator[Row]:
+    DataContext.get_current().enable_progress_bars = False
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
 
 
 def _by_reference(todo: list[WorkRow]) -> list[Row]:

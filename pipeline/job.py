@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from ditflow.metrics.base import MetricSettings
@@ -165,7 +166,7 @@ class Job:
     ROW_FORMAT: ClassVar[int] = 1
     """Raised when the same settings come to mean other bytes."""
 
-    @property
+    @cached_property
     def variants(self) -> dict[str, Job]:
         """The job with each of its methods alone, by the method's name."""
         if not self.methods:

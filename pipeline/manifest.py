@@ -235,6 +235,11 @@ def output_key(uri: str | None) -> str | None:
     return uri[max(starts) + 1 :] if uri and max(starts) >= 0 else None
 
 
+def is_video(uri: str | None) -> bool:
+    """Tell whether a recorded URI is that of a video."""
+    return (output_key(uri) or "").startswith("videos/")
+
+
 def _key(row_id: str) -> str:
     return f"{FOLDER}/{check_row_id(row_id)}.parquet"
 

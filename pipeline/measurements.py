@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import MetricSettings
 from pipeline.job import content_id
-from pipeline.manifest import READ_THREADS, Manifest
+from pipeline.manifest import READ_THREADS, Manifest, is_video
 from pipeline.store import Store
 
 FOLDER = "metrics"
@@ -74,13 +74,12 @@ class Measurements:
     def todo(self, settings: MetricSettings) -> list[Task]:
         """Return the finished videos of the job with what is to be measured of them, none for those that have all."""
         done = {(row["row_id"], row["metric"], row["settings_id"]) for row in self.read().to_pylist()}
+        wanted = [(name, settings_id(name, settings)) for name in settings.names]
         tasks = []
         for row in Manifest(self.store).read().to_pylist():
-            if row["status"] == "ok" and "/videos/" in row["output_uri"]:
-                missing = [
-                    name for name in settings.names if (row["row_id"], name, settings_id(name, settings)) not in done
-                ]
-                tasks += [Task(row, tuple(missing))] if missing else []
+            if row["status"] == "ok" and is_video(row["output_uri"]):
+                missing = tuple(name for name, its_id in wanted if (row["row_id"], name, its_id) not in done)
+                tasks += [Task(row, missing)] if missing else []
         return tasks
 
     def write(self, row_id: str, settings: MetricSettings, figures: Sequence[Figure]) -> None:

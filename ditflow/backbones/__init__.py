@@ -1,10 +1,11 @@
-"""Backbones, one file per model family; `load` finds the right one for a model folder."""
+"""Backbones, one file per model family; `load` finds the right one for a model folder.
+
+A new one is a new file here, or in `backbones/` of a folder in `DITFLOW_PLUGINS`.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 
 from ditflow.backbones.base import Backbone, Geometry
 from ditflow.backbones.revision import folder_revision
+from ditflow.registry import modules_of, plugin_folders
 from ditflow.settings import ExecutionSettings, ModelDefaults
+
+__path__ += plugin_folders("backbones")
 
 MINI = ("mini", "mini-rotary", "mini-additive")
 """Names of the embedded tiny models; `mini` is the rotary one."""
@@ -74,8 +78,7 @@ def _family(folder: Path) -> Any:
     """Return the module of this package whose PIPELINES name the folder's pipeline class."""
     pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
     valid: list[str] = []
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
+    for module in modules_of(__name__):
         if pipeline in getattr(module, "PIPELINES", ()):
             return module
         valid += getattr(module, "PIPELINES", ())

@@ -1,26 +1,14 @@
-"""Motion losses, one file each. A new one is a new file here with a class that has a `name`."""
+"""Motion losses, one file each. A new one is a new file here, or in `losses/` of a folder in `DITFLOW_PLUGINS`."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 from ditflow.losses.base import MotionLoss, Payload
+from ditflow.registry import named_classes, plugin_folders
 
 __all__ = ["MOTION_LOSSES", "MotionLoss", "Payload"]
+__path__ += plugin_folders("losses")
 
-
-def _discover() -> dict[str, Any]:
-    """Find every class with a `name` and `captures` defined in a module of this package."""
-    found = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
-        for item in vars(module).values():
-            if isinstance(item, type) and item.__module__ == module.__name__ and hasattr(item, "captures"):
-                found[vars(item)["name"]] = item
-    return found
-
-
-MOTION_LOSSES: dict[str, Any] = _discover()
+MOTION_LOSSES: dict[str, Any] = named_classes(__name__, marker="captures")
 """Motion loss classes by name."""

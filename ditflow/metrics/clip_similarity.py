@@ -18,17 +18,10 @@ import torch
 from jaxtyping import Float64
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
-from transformers.utils import logging as transformers_logging
 
 from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
 from ditflow.metrics.tracks import check_pictures
 from ditflow.settings import SettingsError
-
-try:
-    from transformers import CLIPImageProcessorPil
-except ImportError:  # transformers 4, where the processor of this name is the one without torchvision
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 BATCH = 32
 """Frames that go through the image encoder at once: some 0.15 GB for ViT-B/32, however long the clip is."""
@@ -53,12 +46,15 @@ class ClipModel:
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        # Late, here and below: transformers takes seconds to import, and every job knows the names of all metrics.
+        from transformers import AutoTokenizer
+
         path = Path(folder)
         _check_folder(path)
         self.device = torch.device(device)
         self._model = _weights(path).to(self.device).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        self._processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
+        self._processor = _image_processor().from_pretrained(path, local_files_only=True)
         _check_vocabulary(path, self._tokenizer, self._model.config.text_config)
 
     @torch.no_grad()
@@ -111,7 +107,18 @@ def _unit(embeddings: Tensor) -> Float64[Tensor, "rows embedding"]:
     return torch.nn.functional.normalize(embeddings.cpu().double(), dim=-1)
 
 
+def _image_processor() -> Any:
+    try:
+        from transformers import CLIPImageProcessorPil
+    except ImportError:  # transformers 4, where the processor of this name is the one without torchvision
+        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    return CLIPImageProcessorPil
+
+
 def _weights(folder: Path) -> Any:
+    from transformers import CLIPModel
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()  # gone before it can be read
     try:
         model, info = CLIPModel.from_pretrained(
