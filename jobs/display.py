@@ -149,12 +149,18 @@ def _duration(seconds: float) -> str:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print on stdout a row for every method and a column for every figure, with the gain on the baseline."""
-    table = Table("method", *comparison.figures, box=SIMPLE_HEAD)
-    for variant in comparison.variants:
-        table.add_row(variant, *(_comparison_cell(comparison.at(variant, figure)) for figure in comparison.figures))
+    """Print on stdout, for all rows and every class of prompts, a row for every method and a column for every figure.
+
+    Below each mean stands the gain on the baseline.
+    """
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    console.print(table)
+    for category in comparison.categories:
+        title = None if comparison.categories == [None] else category or "all prompts"
+        table = Table("method", *comparison.figures, box=SIMPLE_HEAD, title=title, title_justify="left")
+        for variant in comparison.variants:
+            entries = [comparison.at(variant, figure, category) for figure in comparison.figures]
+            table.add_row(variant, *map(_comparison_cell, entries))
+        console.print(table)
     console.print(f"means with 95 % bootstrap intervals; below them the paired difference to {comparison.baseline}")
 
 
@@ -180,7 +186,8 @@ def write_comparison(comparison: Comparison, file: Path) -> None:
         ".json": lambda: json.dumps(comparison.to_dict(), indent=1),
     }
     if file.suffix == ".png":
-        entries = [(entry.figure, entry.variant, entry.interval) for entry in comparison.entries]
+        of_all = [entry for entry in comparison.entries if entry.category is None]
+        entries = [(entry.figure, entry.variant, entry.interval) for entry in of_all]
         plot_intervals([(figure, name, (i.mean, i.low, i.high)) for figure, name, i in entries], file)
     elif file.suffix in writers:
         file.write_text(writers[file.suffix]())

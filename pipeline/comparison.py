@@ -1,13 +1,15 @@
 """What a job's measurements say of its methods: means with their uncertainty, and paired differences.
 
-Two methods are compared on the pairs that both made: the same reference, prompt and seed.
+Two methods are compared on the pairs that both made: the same frames of the same reference, prompt and seed. Where
+prompts have classes, the methods are compared over all rows, and then over the rows of each class.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +19,20 @@ from pipeline.manifest import Manifest
 from pipeline.measurements import Measurements
 from pipeline.store import Store
 
-_COLUMNS = ("row_id", "status", "variant", "method", "reference_sha256", "prompt", "seed")
+_COLUMNS = (
+    "row_id",
+    "status",
+    "variant",
+    "method",
+    "model_revision",
+    "reference_sha256",
+    "bank_uri",
+    "prompt",
+    "category",
+    "seed",
+    "spec_json",
+    "started_at",
+)
 
 
 class ComparisonError(ValueError):
@@ -28,10 +43,12 @@ class ComparisonError(ValueError):
 class Entry:
     """One figure of one method: its mean over rows, and how much it differs from the baseline on the same pairs.
 
-    without: rows that have no value of the figure.
+    category: the class of prompts that was looked at, None for all rows. without: rows that have no value of the
+    figure.
     """
 
     variant: str
+    category: str | None
     figure: str
     interval: Interval
     without: int
@@ -40,10 +57,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The methods of a job, measured: an entry for every method and figure, methods in alphabetical order."""
+    """The methods of a job, measured: an entry for every method, class of prompts and figure, in alphabetical order.
+
+    settings: of every method, as its rows have them. Rows of one method with other settings, from an earlier version
+    of the job, stand apart under a numbered name.
+    """
 
     baseline: str
     entries: tuple[Entry, ...]
+    settings: Mapping[str, Mapping[str, Any]]
 
     @property
     def figures(self) -> list[str]:
@@ -55,28 +77,41 @@ class Comparison:
         """Names of the methods."""
         return list(dict.fromkeys(entry.variant for entry in self.entries))
 
-    def at(self, variant: str, figure: str) -> Entry | None:
+    @property
+    def categories(self) -> list[str | None]:
+        """The classes of prompts, None (all rows) first."""
+        return list(dict.fromkeys(entry.category for entry in self.entries))
+
+    def at(self, variant: str, figure: str, category: str | None = None) -> Entry | None:
         """Return an entry, or None where nothing was measured."""
-        return next((e for e in self.entries if (e.variant, e.figure) == (variant, figure)), None)
+        wanted = (variant, category, figure)
+        return next((e for e in self.entries if (e.variant, e.category, e.figure) == wanted), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {"baseline": self.baseline, "entries": [asdict(entry) for entry in self.entries]}
+        entries = [asdict(entry) for entry in self.entries]
+        return {"baseline": self.baseline, "entries": entries, "settings": self.settings}
 
     def to_csv(self) -> str:
-        """Return a line for every method and figure."""
+        """Return a line for every method, class of prompts ("" for all rows) and figure."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         bounds = ("mean", "low", "high", "count")
-        writer.writerow(["variant", "figure", *bounds, "without", *(f"difference_{bound}" for bound in bounds)])
+        writer.writerow(
+            ["variant", "category", "figure", *bounds, "without", *(f"difference_{bound}" for bound in bounds)]
+        )
         for entry in self.entries:
             difference = asdict(entry.difference) if entry.difference is not None else dict.fromkeys(bounds)
             values = [asdict(entry.interval)[bound] for bound in bounds]
-            writer.writerow([entry.variant, entry.figure, *values, entry.without, *(difference[b] for b in bounds)])
+            what = [entry.variant, entry.category or "", entry.figure]
+            writer.writerow([*what, *values, entry.without, *(difference[b] for b in bounds)])
         return text.getvalue()
 
     def to_latex(self) -> str:
-        """Return a tabular with a row for every method and a column for every figure: mean and 95 % interval."""
+        """Return a tabular with a row for every method and a column for every figure: mean and 95 % interval.
+
+        Every class of prompts has rows of its own, below a line with its name.
+        """
         figures = [figure.replace("_", " ") for figure in self.figures]
         lines = [
             rf"\begin{{tabular}}{{l{'c' * len(figures)}}}",
@@ -84,9 +119,13 @@ class Comparison:
             " & ".join(["method", *figures]) + r" \\",
             r"\hline",
         ]
-        for variant in self.variants:
-            cells = [_latex_cell(self.at(variant, figure)) for figure in self.figures]
-            lines.append(" & ".join([_latex_text(variant), *cells]) + r" \\")
+        for category in self.categories:
+            if category is not None:
+                name = rf"\multicolumn{{{1 + len(figures)}}}{{l}}{{\emph{{{_latex_text(category)}}}}}"
+                lines += [r"\hline", name + r" \\"]
+            for variant in self.variants:
+                cells = [_latex_cell(self.at(variant, figure, category)) for figure in self.figures]
+                lines.append(" & ".join([_latex_text(variant), *cells]) + r" \\")
         return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
@@ -103,43 +142,72 @@ def compare(store: Store, settings: MetricSettings, baseline: str | None = None)
         raise ComparisonError(
             f"{store.uri}: no row is measured with these settings: expected a finished job with videos"
         )
-    methods = {row["variant"] or row["method"]: row["method"] for row in rows}
-    variants = sorted(methods)
+    names = _names(rows)
+    plain = {names[row["row_id"]] for row in rows if row["method"] == "none"}
+    variants = sorted(set(names.values()))
     if baseline is None:
-        baseline = next((variant for variant in variants if methods[variant] == "none"), variants[0])
+        baseline = min(plain, default=variants[0])
     if baseline not in variants:
         raise ComparisonError(f"baseline: {baseline!r} is none of the job's methods: {', '.join(variants)}")
-    table = _table(rows, measured)
     figures = list(dict.fromkeys(figure for values in measured.values() for figure in values))
-    entries = [_entry(table, variant, figure, baseline) for variant in variants for figure in figures]
-    return Comparison(baseline, tuple(entry for entry in entries if entry is not None))
+    classes = [None, *sorted({row["category"] for row in rows} - {None})]
+    entries = []
+    for category in classes:
+        table = _table((row for row in rows if category in (None, row["category"])), names, measured)
+        entries += [_entry(table, variant, category, figure, baseline) for variant in variants for figure in figures]
+    found = tuple(entry for entry in entries if entry is not None)
+    return Comparison(baseline, found, {names[row["row_id"]]: _settings(row) for row in rows})
 
 
 Pair = tuple[Any, ...]
 _Table = dict[str, dict[Pair, Mapping[str, float | None]]]
 
 
-def _table(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Mapping[str, float | None]]) -> _Table:
+def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return {row_id: name of its method}; where one name has had several settings, all but the first are numbered."""
+    known: dict[str, list[str]] = {}
+    names = {}
+    for row in sorted(rows, key=lambda row: row["started_at"]):
+        variant, settings = row["variant"] or row["method"], json.dumps(_settings(row), sort_keys=True)
+        versions = known.setdefault(variant, [])
+        if settings not in versions:
+            versions.append(settings)
+        number = versions.index(settings) + 1
+        names[row["row_id"]] = variant if number == 1 else f"{variant} ({number})"
+    return names
+
+
+def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row shares with all others of its method: not its frames, nor the prompt that it learns with."""
+    settings = json.loads(row["spec_json"])
+    method = {key: value for key, value in settings["method"].items() if key != "learn_with"}
+    video = settings["video"] and {k: v for k, v in settings["video"].items() if k not in ("start", "stride")}
+    return {**settings, "method": method, "video": video, "model_revision": row["model_revision"]}
+
+
+def _table(
+    rows: Iterable[Mapping[str, Any]], names: Mapping[str, str], measured: Mapping[str, Mapping[str, float | None]]
+) -> _Table:
     """Return {method: {pair: figures}}."""
     table: _Table = {}
     for row in rows:
-        pair = (row["reference_sha256"], row["prompt"], row["seed"])
-        table.setdefault(row["variant"] or row["method"], {})[pair] = measured[row["row_id"]]
+        video = json.dumps(json.loads(row["spec_json"])["video"])
+        pair = (row["reference_sha256"] or row["bank_uri"], video, row["prompt"], row["seed"])
+        table.setdefault(names[row["row_id"]], {})[pair] = measured[row["row_id"]]
     return table
 
 
-def _entry(table: _Table, variant: str, figure: str, baseline: str) -> Entry | None:
+def _entry(table: _Table, variant: str, category: str | None, figure: str, baseline: str) -> Entry | None:
     """Return the entry of a method and a figure, or None if no row has a value."""
-    values, others = (_values(table[name], figure) for name in (variant, baseline))
+    values, others = (_values(table.get(name, {}), figure) for name in (variant, baseline))
     if not values:
         return None
     shared = sorted(values.keys() & others.keys(), key=str)
     difference = None
     if variant != baseline and shared:
         difference = paired_difference([values[pair] for pair in shared], [others[pair] for pair in shared])
-    return Entry(
-        variant, figure, bootstrap_interval(list(values.values())), len(table[variant]) - len(values), difference
-    )
+    without = len(table[variant]) - len(values)
+    return Entry(variant, category, figure, bootstrap_interval(list(values.values())), without, difference)
 
 
 def _values(pairs: Mapping[Pair, Mapping[str, float | None]], figure: str) -> dict[Pair, float]:

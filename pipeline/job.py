@@ -81,7 +81,7 @@ class Banks:
 class Table:
     """A Parquet, CSV or JSON-lines file.
 
-    As prompts, `column` holds them. As pairing it has the columns reference (or bank), prompt and, if it varies, seed.
+    As prompts, `column` holds them; a column `category` may tell their classes. As pairing, see `pipeline.tables.Pair`.
     """
 
     uri: str
@@ -135,6 +135,15 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class OwnSettings:
+    """What a table of pairs sets for one row alone; None leaves what the job says."""
+
+    start: int | None = None
+    stride: int | None = None
+    learn_with: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One job. `method`, `methods` and `sampling` are resolved: nothing in them is None.
 
@@ -172,6 +181,14 @@ class Job:
         if not self.methods:
             return {self.method.name: self}
         return {name: replace(self, method=method, methods={}) for name, method in self.methods.items()}
+
+    def with_own(self, own: OwnSettings) -> Job:
+        """Return the job with the settings of one row. Only a zero-shot method learns with another prompt."""
+        frames = {key: value for key in ("start", "stride") if (value := getattr(own, key)) is not None}
+        method = self.method
+        if method.zero_shot and own.learn_with is not None:
+            method = replace(method, learn_with=own.learn_with)
+        return replace(self, references=replace(self.references, **frames), method=method)
 
     def row_settings(self) -> dict[str, Any]:
         """Every setting that decides a row's output, as JSON values."""

@@ -6,31 +6,22 @@ reference changes only the ids it touches.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
-
-from pipeline.job import Job, Table, content_id
+from pipeline.job import Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
-from pipeline.store import Store, StoreMissingError, absolute_uri, fingerprint, list_uris, read_uri, sha256_of
+from pipeline.store import Store, StoreMissingError, absolute_uri, fingerprint, list_uris, sha256_of
+from pipeline.tables import PlanError, read_pairs, read_prompts
 
-Combination = tuple["Input | None", str | None, int | None]
-"""A reference or bank, a prompt and a seed."""
 _HASHES_KEY = "inputs.json"
 _HASH_THREADS = 16
-
-
-class PlanError(ValueError):
-    """A job's inputs do not make a plan; the message names the key of the spec."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,10 @@ class WorkRow:
     reference: Input | None = None
     bank: Input | None = None
     prompt: str | None = None
+    category: str | None = None
+    """The prompt's class, for tables of results; it decides nothing."""
     seed: int | None = None
+    own: OwnSettings = field(default_factory=OwnSettings)
     motion_id: str | None = None
     """Id of the reference's extracted motion, shared by all rows of the reference."""
 
@@ -70,7 +64,18 @@ class WorkRow:
         values = json.loads(text)
         for name in ("reference", "bank"):
             values[name] = values[name] and Input(**values[name])
-        return cls(**values)
+        return cls(**{**values, "own": OwnSettings(**values["own"])})
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a row is made of, beside the job's settings: a reference or bank, a prompt, a seed, and its own settings."""
+
+    source: Input | None
+    prompt: str | None = None
+    seed: int | None = None
+    category: str | None = None
+    own: OwnSettings = field(default_factory=OwnSettings)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
     Raises PlanError for inputs that make no rows, StoreError from the storage.
     """
     rows = list(_rows(job, model_revision))
-    unique = list({row.row_id: row for row in rows}.values())
+    unique = _first_of_each(rows)
     recorded = Manifest(Store(job.output.uri, job.storage_options)).statuses()
     ended = {
         row.row_id: recorded[row.row_id]
@@ -113,6 +118,14 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
     todo = [row for row in unique if row.row_id not in ended]
     retried = [row.row_id for row in todo if row.row_id in recorded]
     return Plan(todo, ended, retried, duplicates=len(rows) - len(unique))
+
+
+def _first_of_each(rows: Iterable[WorkRow]) -> list[WorkRow]:
+    """Drop rows whose content is that of an earlier one."""
+    first: dict[str, WorkRow] = {}
+    for row in rows:
+        first.setdefault(row.row_id, row)
+    return list(first.values())
 
 
 def _rows(job: Job, model_revision: str) -> Iterator[WorkRow]:
@@ -125,16 +138,30 @@ def _rows(job: Job, model_revision: str) -> Iterator[WorkRow]:
 def _rows_of_variant(
     name: str, job: Job, model_revision: str, combinations: Sequence[Combination]
 ) -> Iterator[WorkRow]:
-    settings = {"kind": job.kind, "format": job.ROW_FORMAT, "model": model_revision, **job.row_settings()}
-    extraction = {"format": job.ROW_FORMAT, "model": model_revision, **job.extraction_settings()}
-    for source, prompt, seed in combinations:
-        identity = source.identity if source is not None else None
-        row_id = content_id(source=identity, prompt=prompt, seed=seed, **settings)
+    fixed = {"format": job.ROW_FORMAT, "model": model_revision}
+
+    @cache
+    def settings_of(own: OwnSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+        of_row = job.with_own(own)
+        return {"kind": job.kind, **fixed, **of_row.row_settings()}, {**fixed, **of_row.extraction_settings()}
+
+    for made_of in combinations:
+        settings, extraction = settings_of(made_of.own)
+        identity = made_of.source.identity if made_of.source is not None else None
+        row = WorkRow(
+            content_id(source=identity, prompt=made_of.prompt, seed=made_of.seed, **settings),
+            variant=name,
+            prompt=made_of.prompt,
+            category=made_of.category,
+            seed=made_of.seed,
+            own=made_of.own,
+        )
         if job.kind == "reuse":
-            yield WorkRow(row_id, name, bank=source, prompt=prompt, seed=seed)
+            yield replace(row, bank=made_of.source)
         else:
-            motion_id = content_id(reference=identity, **extraction) if job.method.needs_reference else None
-            yield WorkRow(row_id, name, reference=source, prompt=prompt, seed=seed, motion_id=motion_id)
+            moved = job.method.needs_reference
+            motion_id = content_id(reference=identity, **extraction) if moved else None
+            yield replace(row, reference=made_of.source, motion_id=motion_id)
 
 
 def _combinations(job: Job) -> Iterator[Combination]:
@@ -144,44 +171,26 @@ def _combinations(job: Job) -> Iterator[Combination]:
         return
     sources: Sequence[Input | None] = _sources(job)
     if job.kind == "extract":
-        yield from ((source, None, None) for source in sources)
+        yield from map(Combination, sources)
         return
     prompts = _prompts(job)
-    if job.pairing == "product":
-        yield from product(sources, prompts, job.seeds)
-        return
-    if len(sources) != len(prompts):
+    if job.pairing == "zip" and len(sources) != len(prompts):
         raise PlanError(
             f"pairing: zip needs as many prompts as references or banks, and found {len(prompts)} prompts for "
             f"{len(sources)}. Use pairing: product, or a table that pairs them."
         )
-    yield from ((source, prompt, seed) for source, prompt in zip(sources, prompts, strict=True) for seed in job.seeds)
+    pairs = product(sources, prompts) if job.pairing == "product" else zip(sources, prompts, strict=True)
+    for source, (prompt, category) in pairs:
+        yield from (Combination(source, prompt, seed, category) for seed in job.seeds)
 
 
 def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
-    """Rows of a table with the columns reference (or bank), prompt and, if it varies, seed."""
-    column = "bank" if job.kind == "reuse" else "reference"
-    rows = read_table(table.uri, job.storage_options).to_pylist()
-    missing = {column, table.column} - set(rows[0] if rows else {})
-    if missing:
-        raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
-    for number, row in enumerate(rows, 1):
-        _check_pair(table.uri, number, row, column, table.column)
-    inputs = {source.uri: source for source in _hashed(job, {_absolute(job, row[column]) for row in rows})}
-    for row in rows:
-        seeds = job.seeds if row.get("seed") is None else (int(row["seed"]),)
-        yield from ((inputs[_absolute(job, row[column])], str(row[table.column]), seed) for seed in seeds)
-
-
-def _check_pair(uri: str, number: int, row: Mapping[str, Any], source: str, prompt: str) -> None:
-    checks = {
-        source: ("the name of a file", lambda value: isinstance(value, str) and value != ""),
-        prompt: ("a text", lambda value: value not in (None, "")),
-        "seed": ("a whole number", lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0)),
-    }
-    for column, (expected, fits) in checks.items():
-        if not fits(row.get(column)):
-            raise PlanError(f"pairing: row {number} of {uri} has {column} {row[column]!r}: expected {expected}")
+    """What the rows of a table say: see `pipeline.tables.Pair`."""
+    pairs = read_pairs(job, table)
+    inputs = {source.uri: source for source in _hashed(job, {_absolute(job, pair.source) for pair in pairs})}
+    for pair in pairs:
+        source, seeds = inputs[_absolute(job, pair.source)], job.seeds if pair.seed is None else (pair.seed,)
+        yield from (Combination(source, pair.prompt, seed, pair.category, pair.own) for seed in seeds)
 
 
 def _absolute(job: Job, name: str) -> str:
@@ -213,40 +222,16 @@ def _sources(job: Job) -> Sequence[Input | None]:
     return _hashed(job, uris)
 
 
-def _prompts(job: Job) -> list[str]:
-    if not isinstance(job.prompts, Table):
-        prompts = list(job.prompts)
+def _prompts(job: Job) -> list[tuple[str, str | None]]:
+    """The prompts, each with its class if a table tells one."""
+    prompts: list[tuple[str, str | None]]
+    if isinstance(job.prompts, Table):
+        prompts = read_prompts(job, job.prompts)
     else:
-        table = read_table(job.prompts.uri, job.storage_options)
-        if job.prompts.column not in table.column_names:
-            raise PlanError(
-                f"prompts.column: {job.prompts.column!r} is not in {job.prompts.uri}; "
-                f"it has {', '.join(table.column_names)}"
-            )
-        prompts = [str(prompt) if prompt is not None else "" for prompt in table[job.prompts.column].to_pylist()]
-        if "" in prompts:
-            row = prompts.index("") + 1
-            raise PlanError(f"prompts: row {row} of {job.prompts.uri} has no {job.prompts.column}: fill or remove it")
+        prompts = [(text, None) for text in job.prompts]
     if not prompts:
         raise PlanError("prompts: there is none: expected a list of texts, or {uri: table, column: name}")
     return prompts
-
-
-def read_table(uri: str, storage_options: Mapping[str, Any]) -> Any:
-    """Return a Parquet, CSV or JSON-lines file as a pyarrow table; PlanError for anything else."""
-    readers = {
-        "parquet": pyarrow.parquet.read_table,
-        "csv": pyarrow.csv.read_csv,
-        "jsonl": pyarrow.json.read_json,
-    }
-    ending = uri.rsplit(".", 1)[-1].lower()
-    if ending not in readers:
-        raise PlanError(f"{uri}: tables are {', '.join('.' + known for known in readers)}, told by their name's ending")
-    data = read_uri(uri, storage_options)
-    try:
-        return readers[ending](io.BytesIO(data))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise PlanError(f"{uri}: it is no readable {ending} table: {error}") from error
 
 
 def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:

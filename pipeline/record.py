@@ -48,6 +48,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("reference_uri", _TEXT, "", "the video whose motion is taken"),
     Column("reference_sha256", _TEXT, "hex", "hash of the reference's bytes"),
     Column("prompt", _TEXT, "", "what the new video shows"),
+    Column("category", _TEXT, "", "the prompt's class, such as caption, subject or scene"),
     Column("negative_prompt", _TEXT, "", "what it should not show"),
     Column("seed", _LARGE, "", "seed of every random draw of this row"),
     Column("variant", _TEXT, "", "the method's name in the job's comparison; of a single method its own"),

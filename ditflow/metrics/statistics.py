@@ -35,8 +35,10 @@ def bootstrap_interval(
             "95 % interval has the level 0.95."
         )
     rng = np.random.default_rng(seed)
-    # One resample at a time: all at once would need resamples x N numbers.
-    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
+    # So many resamples at a time that memory stays bounded.
+    together = max(1, 1_000_000 // len(numbers))
+    sizes = [min(together, resamples - done) for done in range(0, resamples, together)]
+    means = np.concatenate([numbers[rng.integers(len(numbers), size=(n, len(numbers)))].mean(axis=1) for n in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(numbers.mean()), float(low), float(high), len(numbers))
 

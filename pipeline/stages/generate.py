@@ -139,8 +139,12 @@ class FinishRow:
         motion = self._motion(row["amf_uri"])
         return motion, size, own_fps or motion.fps or DEFAULT_FPS
 
+    def _job_of(self, work: WorkRow) -> Job:
+        """The job with the row's method alone, and with what a table says of the row."""
+        return self._job.variants[work.variant].with_own(work.own)
+
     def _method(self, work: WorkRow) -> MethodSettings:
-        return self._job.variants[work.variant].method
+        return self._job_of(work).method
 
     def _read_motion(self, uri: str) -> MotionReference:
         return MotionReference.from_bytes(read_uri(uri, self._job.storage_options), uri)
@@ -152,7 +156,7 @@ class FinishRow:
 
     def _identity(self, work: WorkRow, row: Row) -> Columns:
         """The columns that are known before anything is made."""
-        job, kind = self._job.variants[work.variant], self._job.kind
+        job, kind = self._job_of(work), self._job.kind
         zero_shot = kind == "reuse" or job.method.zero_shot
         return {
             "row_id": work.row_id,
@@ -162,6 +166,7 @@ class FinishRow:
             "reference_sha256": work.reference and work.reference.sha256,
             "bank_uri": work.bank and work.bank.uri,
             "prompt": work.prompt,
+            "category": work.category,
             "negative_prompt": None if kind == "extract" else job.sampling.negative_prompt,
             "seed": work.seed,
             "variant": work.variant,

@@ -56,7 +56,7 @@ def read_reference(row: Row, job: Job) -> Row:
 
 def _read_clip(work: WorkRow, job: Job) -> Clip:
     assert work.reference is not None
-    settings = job.references
+    settings = job.with_own(work.own).references
     return read_video(
         read_unchanged(work.reference, job),
         frames=settings.frames,

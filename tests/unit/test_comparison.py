@@ -28,6 +28,10 @@ def row_id(variant: str, number: int) -> str:
     return f"{variant}{number}".encode().hex().zfill(24)[-24:]
 
 
+def spec(start: int = 0, **method) -> str:
+    return json.dumps({"method": method, "video": {"frames": 17, "start": start, "stride": 1}})
+
+
 def finish(store: Store, variant: str, number: int, **columns) -> str:
     """Record a finished video without making it."""
     name = row_id(variant, number)
@@ -39,6 +43,8 @@ def finish(store: Store, variant: str, number: int, **columns) -> str:
         "reference_sha256": f"{number:x}",
         "prompt": "a ball",
         "seed": 1,
+        "model_revision": "r1",
+        "spec_json": spec(),
         "output_uri": store.uri_of(f"videos/{name}.mp4"),
         "output_sha256": "0" * 64,
         "output_bytes": 1,
@@ -141,6 +147,41 @@ def test_differences_are_of_the_pairs_that_both_methods_made(store):
     flow = compare(store, SETTINGS).at("flow", "motion_fidelity")
     assert (flow.interval.count, flow.without) == (2, 1)
     assert (flow.difference.mean, flow.difference.count) == (pytest.approx(0.2), 1)
+
+
+def test_classes_of_prompts_are_compared_apart_and_together(store):
+    for number, category in enumerate(["scene", "caption", "scene", None]):
+        measure(store, finish(store, "plain", number, category=category), 0.0)
+        measure(store, finish(store, "flow", number, category=category), float(number))
+    comparison = compare(store, SETTINGS)
+    assert comparison.categories == [None, "caption", "scene"]
+    flow = {c: comparison.at("flow", "motion_fidelity", c) for c in comparison.categories}
+    assert {c: (entry.interval.mean, entry.interval.count) for c, entry in flow.items()} == {
+        None: (1.5, 4),
+        "caption": (1.0, 1),
+        "scene": (1.0, 2),
+    }
+    assert flow["scene"].difference.mean == 1.0
+    assert [line["category"] for line in csv.DictReader(io.StringIO(comparison.to_csv()))][:4] == [""] * 4
+    assert r"\multicolumn{3}{l}{\emph{caption}}" in comparison.to_latex()
+
+
+def test_a_pair_is_the_same_frames_of_a_reference(store):
+    measure(store, finish(store, "plain", 0), 0.0)
+    measure(store, finish(store, "flow", 0, spec_json=spec(start=5)), 1.0)
+    assert compare(store, SETTINGS).at("flow", "motion_fidelity").difference is None
+
+
+def test_rows_of_one_method_with_other_settings_stand_apart(store):
+    later = NOW.replace(year=2027)
+    measure(store, finish(store, "flow", 0, spec_json=spec(start=1, iterations=5, learn_with="x")), 0.2)
+    measure(store, finish(store, "flow", 1, spec_json=spec(start=2, iterations=5, learn_with="y")), 0.4)
+    measure(store, finish(store, "flow", 2, spec_json=spec(iterations=9), started_at=later), 0.9)
+    measure(store, finish(store, "flow", 3, model_revision="r2", started_at=later), 0.8)
+    comparison = compare(store, SETTINGS)
+    means = {name: comparison.at(name, "motion_fidelity").interval.mean for name in comparison.variants}
+    assert means == {"flow": pytest.approx(0.3), "flow (2)": 0.9, "flow (3)": 0.8}
+    assert comparison.settings["flow (2)"]["method"] == {"iterations": 9}
 
 
 def test_tables_hold_every_method_and_figure(store):

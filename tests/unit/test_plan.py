@@ -200,8 +200,25 @@ def test_an_empty_pairing_is_refused(local_job, local_store):
         {"reference": ["a.mp4", None], "prompt": ["x", "y"]},
         {"reference": ["a.mp4", "b.mp4"], "prompt": ["x", None]},
         {"reference": [5], "prompt": ["x"]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "start": [-1]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "step": [0]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "step": [1.5]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "category": [7]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "start": [4], "stop": [20]},
+        {"reference": ["a.mp4"], "prompt": ["x"], "stop": [33], "step": [3]},
     ],
-    ids=["a seed that is no number", "no reference", "no prompt", "a reference that is no text"],
+    ids=[
+        "a seed that is no number",
+        "no reference",
+        "no prompt",
+        "a reference that is no text",
+        "a start before the first frame",
+        "a step of nothing",
+        "a step between frames",
+        "a category that is no text",
+        "16 frames for a video of 17",
+        "11 frames for a video of 17",
+    ],
 )
 def test_a_pairing_with_a_value_that_makes_no_row_is_refused(local_job, local_store, columns):
     pairs = write_table(local_store, "pairs.parquet", columns)
@@ -209,7 +226,62 @@ def test_a_pairing_with_a_value_that_makes_no_row_is_refused(local_job, local_st
         plan(replace(local_job, pairing=Table(pairs)))
 
 
+def test_a_table_may_choose_the_frames_of_each_row_and_name_the_prompts_class(local_job, local_store):
+    columns = {
+        "reference": ["a.mp4"] * 4,
+        "prompt": ["x"] * 4,
+        "category": ["caption", "subject", "scene", None],
+        "start": [0, 5, 0, None],
+        "stop": [17, 22, 33, None],
+        "step": [1, 1, 2, None],
+    }
+    pairs = write_table(local_store, "pairs.csv", columns)
+    paired = replace(local_job, pairing=Table(pairs), seeds=(1,))
+    first, later, faster = plan(paired).todo
+    assert [(row.own.start, row.own.stride, row.category) for row in (first, later, faster)] == [
+        (0, 1, "caption"),
+        (5, 1, "subject"),
+        (0, 2, "scene"),
+    ]
+    assert plan(paired).duplicates == 1, "the last row says what the first says"
+    for row, frames in ((first, {}), (later, {"start": 5}), (faster, {"stride": 2})):
+        same = replace(local_job, references=replace(local_job.references, uri=first.reference.uri, **frames))
+        [alike] = plan(replace(same, prompts=("x",), seeds=(1,))).todo
+        assert (alike.row_id, alike.motion_id) == (row.row_id, row.motion_id)
+
+
+def test_a_range_too_short_for_the_videos_is_refused_with_its_row(local_job, local_store):
+    pairs = write_table(local_store, "pairs.csv", {"reference": ["a.mp4"] * 2, "prompt": ["x"] * 2, "stop": [17, 16]})
+    with pytest.raises(PlanError, match=r"row 2 of .*pairs\.csv has the 16 frames range\(0, 16, 1\).*at least the 17"):
+        plan(replace(local_job, pairing=Table(pairs)))
+
+
+def test_only_zero_shot_methods_learn_with_the_prompt_of_their_row(local_job, local_store):
+    columns = {"reference": ["a.mp4"] * 2, "prompt": ["x"] * 2, "learn_with": ["a ball", "a star"]}
+    pairs = write_table(local_store, "pairs.csv", columns)
+    paired = replace(local_job, pairing=Table(pairs), seeds=(1,))
+    learning = replace(METHOD, optimize="position", zero_shot=True)
+    assert len(plan(paired).todo) == 1
+    zero_shot = replace(paired, method=learning)
+    assert len(plan(zero_shot).todo) == 2
+    assert ids(zero_shot)[0] == ids(replace(zero_shot, method=replace(learning, learn_with="a ball")))[0]
+
+
+def test_work_survives_its_way_through_a_dataset(local_job, local_store):
+    columns = {"reference": ["a.mp4"], "prompt": ["x"], "category": ["scene"], "start": [3], "learn_with": ["y"]}
+    pairs = write_table(local_store, "pairs.csv", columns)
+    for row in plan(replace(local_job, pairing=Table(pairs))).todo:
+        assert WorkRow.from_json(row.to_json()) == row
+
+
 # ------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_a_prompts_table_may_tell_their_classes(local_job, local_store):
+    table = write_table(local_store, "prompts.csv", {"prompt": ["x", "y"], "category": ["caption", None]})
+    rows = plan(replace(local_job, prompts=Table(table), seeds=(1,))).todo
+    assert [(row.prompt, row.category) for row in rows] == [("x", "caption"), ("y", None)] * 2
+    assert ids(replace(local_job, prompts=("x", "y"), seeds=(1,))) == [row.row_id for row in rows]
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])

@@ -1,0 +1,132 @@
+"""Tables that users bring: prompts, and pairs of references and prompts. Parquet, CSV or JSON lines."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from pipeline.job import Job, OwnSettings, Table
+from pipeline.store import read_uri
+
+
+class PlanError(ValueError):
+    """A job's inputs do not make a plan; the message names the key of the spec."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of a table of pairs. Its columns:
+
+    reference (or bank): a file, relative to the folder of the references (or banks). prompt: what the video shows.
+    seed: if it varies. category: the prompt's class. start, stop, step: the reference's frames start, start + step,
+    ... below stop, as in Python's range; as many of them as the job's videos are long. learn_with: see
+    `MethodSettings`. A column may be missing, and a value may be empty, where the job says the same for all rows.
+    """
+
+    source: str
+    prompt: str
+    seed: int | None = None
+    category: str | None = None
+    own: OwnSettings = field(default_factory=OwnSettings)
+
+
+_FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")
+_TEXT = ("a text", lambda value: value not in (None, ""))
+_TEXT_OR_NONE = ("a text, or nothing", lambda value: value is None or isinstance(value, str))
+
+
+def _whole(least: float) -> tuple[str, Callable[[Any], bool]]:
+    expected = "a whole number" if least < 0 else f"a whole number of at least {least}"
+    return (
+        expected,
+        lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0 and value >= least),
+    )
+
+
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": _whole(float("-inf")),
+    "category": _TEXT_OR_NONE,
+    "start": _whole(0),
+    "stop": _whole(1),
+    "step": _whole(1),
+    "learn_with": _TEXT_OR_NONE,
+}
+
+
+def read_pairs(job: Job, table: Table) -> list[Pair]:
+    """Return the pairs that a table tells. Raises PlanError, which names the row, for what makes no pair."""
+    source = "bank" if job.kind == "reuse" else "reference"
+    rows = read_table(table.uri, job.storage_options).to_pylist()
+    missing = {source, table.column} - set(rows[0] if rows else {})
+    if missing:
+        raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
+    checks = {source: _FILE, table.column: _TEXT, **_OPTIONAL}
+    return [_pair(job, row, checks, f"row {number} of {table.uri}") for number, row in enumerate(rows, 1)]
+
+
+def _pair(job: Job, row: Mapping[str, Any], checks: Mapping[str, Any], where: str) -> Pair:
+    for column, (expected, fits) in checks.items():
+        if not fits(row.get(column)):
+            raise PlanError(f"pairing: {where} has {column} {row[column]!r}: expected {expected}")
+    source, prompt, *_ = (row[column] for column in checks if column not in _OPTIONAL)
+    numbers = {
+        column: None if row.get(column) is None else int(row[column]) for column in ("seed", "start", "stop", "step")
+    }
+    _check_frames(job, numbers, where)
+    own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with"))
+    return Pair(source, str(prompt), numbers["seed"], row.get("category") or None, own)
+
+
+def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> None:
+    """Refuse a range of frames that is shorter than the job's videos."""
+    start, stop, step = (numbers[column] for column in ("start", "stop", "step"))
+    if stop is None:
+        return
+    references = job.references
+    start, step = references.start if start is None else start, references.stride if step is None else step
+    frames = len(range(start, stop, step))
+    if frames < references.frames:
+        raise PlanError(
+            f"pairing: {where} has the {frames} frames range({start}, {stop}, {step}): expected at least the "
+            f"{references.frames} of references.frames. Widen the range, or make all videos of the job shorter."
+        )
+
+
+def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
+    """Return the prompts of a table, each with its class if there is a column `category`."""
+    found = read_table(table.uri, job.storage_options)
+    if table.column not in found.column_names:
+        raise PlanError(
+            f"prompts.column: {table.column!r} is not in {table.uri}; it has {', '.join(found.column_names)}"
+        )
+    prompts = []
+    for number, row in enumerate(found.to_pylist(), 1):
+        if row[table.column] in (None, ""):
+            raise PlanError(f"prompts: row {number} of {table.uri} has no {table.column}: fill or remove it")
+        category = row.get("category")
+        prompts.append((str(row[table.column]), str(category) if category else None))
+    return prompts
+
+
+def read_table(uri: str, storage_options: Mapping[str, Any]) -> Any:
+    """Return a Parquet, CSV or JSON-lines file as a pyarrow table; PlanError for anything else."""
+    readers = {
+        "parquet": pyarrow.parquet.read_table,
+        "csv": pyarrow.csv.read_csv,
+        "jsonl": pyarrow.json.read_json,
+    }
+    ending = uri.rsplit(".", 1)[-1].lower()
+    if ending not in readers:
+        raise PlanError(f"{uri}: tables are {', '.join('.' + known for known in readers)}, told by their name's ending")
+    data = read_uri(uri, storage_options)
+    try:
+        return readers[ending](io.BytesIO(data))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PlanError(f"{uri}: it is no readable {ending} table: {error}") from error
