@@ -521,3 +521,15 @@ def mini_clips(
     from jobs.clips import render_clips
 
     render_clips(folder, count, seed)
+
+
+@mini_app.command("pairs")
+def mini_pairs(
+    folder: Annotated[Path, typer.Argument(help="Where the clips and pairs.csv go.")],
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+) -> None:
+    """Render clips of one sprite, and a table that pairs each with a prompt: what the comparison jobs run on."""
+    from jobs.clips import render_pairs
+
+    render_pairs(folder, count, seed)

@@ -222,17 +222,27 @@ def sample_scene(seed: int, split: str = "train", *, sprites: int | None = None,
 
 
 def sample_pair(
-    seed: int, split: str = "train", *, sprites: int | None = None, shot: str | None = None
+    seed: int,
+    split: str = "train",
+    *,
+    sprites: int | None = None,
+    shot: str | None = None,
+    same_ground: bool = False,
 ) -> tuple[Scene, Scene]:
-    """Return a reference scene and its motion under other looks: no colour, shape or background stays."""
+    """Return a reference scene and its motion under other looks: no colour or shape stays, nor the background.
+
+    With `same_ground` the background does stay.
+    """
     reference = sample_scene(seed, split, sprites=sprites, shot=shot)
     rng = _generator(seed, split, purpose=1)
     while True:
-        background = _sample_background(rng)
+        background = reference.background if same_ground else _sample_background(rng)
         looks = _sample_appearances(rng, background, len(reference.sprites))
         others = tuple(replace(s, appearance=look) for s, look in zip(reference.sprites, looks, strict=True))
-        if _looks_differ(reference, target := replace(reference, sprites=others, background=background)):
-            return reference, target
+        if not _looks_differ(reference.sprites, others):
+            continue
+        if same_ground or background.name != reference.background.name:
+            return reference, replace(reference, sprites=others, background=background)
 
 
 def _generator(seed: int, split: str, purpose: int = 0) -> np.random.Generator:
@@ -244,10 +254,9 @@ def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
-def _looks_differ(one: Scene, other: Scene) -> bool:
-    pairs = [(a.appearance, b.appearance) for a, b in zip(one.sprites, other.sprites, strict=True)]
-    differ = all(a.colour != b.colour and a.shape != b.shape for a, b in pairs)
-    return differ and one.background.name != other.background.name
+def _looks_differ(some: Sequence[Sprite], others: Sequence[Sprite]) -> bool:
+    pairs = [(one.appearance, other.appearance) for one, other in zip(some, others, strict=True)]
+    return all(one.colour != other.colour and one.shape != other.shape for one, other in pairs)
 
 
 def _sample_background(rng: np.random.Generator) -> Background:

@@ -1,5 +1,6 @@
 """Facts about the command line, on real files with the embedded models. Nothing here starts Ray."""
 
+import csv
 import json
 import re
 from collections.abc import Iterable
@@ -114,6 +115,25 @@ def test_a_clip_that_is_there_is_kept(clips):
     before = [clip.stat().st_mtime_ns for clip in clips]
     ditflow("mini", "clips", clips[0].parent, "--count", 2)
     assert [clip.stat().st_mtime_ns for clip in clips] == before
+
+
+def test_rendered_pairs_come_with_a_table_of_prompts_in_three_classes(tmp_path):
+    ditflow("mini", "pairs", tmp_path, "--count", 3, "--seed", 3)
+    with (tmp_path / "pairs.csv").open(newline="") as stream:
+        caption, subject, scene = csv.DictReader(stream)
+    assert [row["category"] for row in (caption, subject, scene)] == ["caption", "subject", "scene"]
+    own = {
+        row["reference"]: (tmp_path / row["reference"]).with_suffix(".txt").read_text().strip()
+        for row in (caption, subject, scene)
+    }
+    grounds = [
+        (row["prompt"].split(" over ")[1], own[row["reference"]].split(" over ")[1])
+        for row in (caption, subject, scene)
+    ]
+    assert caption["prompt"] == own[caption["reference"]]
+    assert subject["prompt"] != own[subject["reference"]]
+    assert [one == other for one, other in grounds] == [True, True, False]
+    assert len({row[column] for row in (caption, subject, scene) for column in ("prompt", "learn_with")}) == 6
 
 
 # ------------------------------------------------------------------------------------------------------- extract

@@ -10,6 +10,7 @@ import pytest
 from ditflow.mini.world import (
     BACKGROUNDS,
     COLOURS,
+    GROUNDS,
     SHAPES,
     TEXTURES,
     VOCABULARY,
@@ -260,3 +261,13 @@ def test_wrong_requests_name_what_is_valid():
         sample_scene(0, sprites=0)
     with pytest.raises(ValueError, match="expected 5 latent frames"):
         render(sample_scene(0)).displacement(4, 8, 8)
+
+
+def test_a_pair_may_stay_on_its_ground_in_colours_that_stand_out_there():
+    for seed in range(40):
+        reference, target = sample_pair(seed, "eval", same_ground=True)
+        assert target.background == reference.background
+        for sprite, other in zip(reference.sprites, target.sprites, strict=True):
+            assert sprite.appearance.colour != other.appearance.colour
+            assert sprite.appearance.shape != other.appearance.shape
+            assert other.appearance.colour not in GROUNDS[target.background.name].hidden_colours
