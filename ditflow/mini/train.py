@@ -1,13 +1,13 @@
 """Train the embedded models on the synthetic world.
 
-    world clips --vae, decoder--> autoencoder --encode once--> latents on disk --rotary--> mini-rotary
-                                                                               --additive--> mini-additive
+    world clips --vae--> autoencoder --encode once--> latents on disk --rotary--> mini-rotary
+                                                                      --additive--> mini-additive
 
 Run it as `python -m ditflow.mini.train --out DIR`. A killed or timed-out run continues from its last checkpoint: what
 is drawn at a step depends on the seed and the step alone, so on a CPU in 32 bits it ends in the same weights as a run
 that was never stopped. `DIR` gets the checkpoints, the latents, pictures of the progress (`*.png`) and, after every
 sampling interval, the diffusers folders `mini-rotary` and `mini-additive` in 16 bits. A finished stage that is run
-again only writes its folder anew. The stage `decoder` goes on with a frozen encoder, and so may come at any time.
+again only writes its folder anew.
 
 Axes: B clips, T pixel frames, F latent frames, C latent channels, H, W, h, w sides in pixels and in latents, L words.
 """
@@ -55,7 +55,7 @@ from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 
 KINDS = ("rotary", "additive")
-STAGES = ("vae", "decoder", *KINDS)
+STAGES = ("vae", *KINDS)
 
 
 # ---- what every stage shares
@@ -96,9 +96,8 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=2800, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "decoder": Recipe(steps=1200, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "rotary": Recipe(steps=7000, batch=16, learning_rate=4e-3, images=24),
-    "additive": Recipe(steps=7000, batch=16, learning_rate=4e-3, images=24),
+    "rotary": Recipe(steps=9000, batch=16, learning_rate=4e-3, images=24),
+    "additive": Recipe(steps=9000, batch=16, learning_rate=4e-3, images=24),
 }
 
 
@@ -338,14 +337,9 @@ def to_pixels(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
 
 
-def train_autoencoder(stage: str, run: Run) -> bool:
-    """Train the whole autoencoder or its decoder, and write it to `vae` in the run's folder; return whether done."""
-    if stage == "decoder":
-        vae = AutoencoderKLCogVideoX.from_pretrained(run.out / "vae")
-        vae.encoder.requires_grad_(False)
-    else:
-        vae = build_pipeline(rotary=True, seed=run.seed).vae
-    vae, recipe = vae.to(run.device), run.recipe(stage)
+def train_autoencoder(run: Run) -> bool:
+    """Train the autoencoder and write it to `vae` in the run's folder; return whether it is done."""
+    vae, recipe = build_pipeline(rotary=True, seed=run.seed).vae.to(run.device), run.recipe("vae")
 
     def loss_at(step: int) -> Tensor:
         pixels = vae_batch(run.seed, step, recipe).to(run.device)
@@ -357,12 +351,11 @@ def train_autoencoder(stage: str, run: Run) -> bool:
 
     def on_sample(training: Training) -> None:
         with training.averaged(), _replacing(run.out / "vae") as folder:
-            picture_reconstructions(vae, run.out / f"{stage}-{training.step:06d}.png")
-            if stage == "vae":
-                scale_latents(vae, run)
+            picture_reconstructions(vae, run.out / f"vae-{training.step:06d}.png")
+            scale_latents(vae, run)
             vae.save_pretrained(folder)
 
-    return fit(Training(vae, recipe), loss_at, run.out / f"{stage}.safetensors", run.deadline, on_sample)
+    return fit(Training(vae, recipe), loss_at, run.out / "vae.safetensors", run.deadline, on_sample)
 
 
 def scale_latents(vae: AutoencoderKLCogVideoX, run: Run, clips: int = 64) -> None:
@@ -809,7 +802,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     seed: int = 0
-    clips: int = 6_000
+    clips: int = 9_000
     steps: int | None = None
     deadline: float = math.inf
 
@@ -833,7 +826,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         deadline=time.monotonic() + 60 * asked.minutes,
     )
     for stage in STAGES if asked.stage == "all" else (asked.stage,):
-        done = train_transformer(stage, run) if stage in KINDS else train_autoencoder(stage, run)
+        done = train_transformer(stage, run) if stage in KINDS else train_autoencoder(run)
         if not done:
             say(f"out of time in stage {stage}: run the same command again to continue")
             return
