@@ -2,6 +2,10 @@
 
 The existence of that file is what makes a row finished. Any Parquet reader reads the folder as one table.
 
+Compaction. A hundred thousand small files are slow to list and to read, so `compact` merges them into
+`manifest/merged-<hash>.parquet`. A merged file is complete before the first of its parts is removed: a row stands in
+one file or in two at any moment, and is read once. A reader that finds a listed file gone lists the folder again.
+
 Locations. Rows record absolute URIs, which stop being true when a job's folder is moved or copied. An
 output's key is therefore taken from its URI (the part from the last `/videos/`, `/amf/` or `/banks/` on) and
 looked up below the root that the manifest itself was read from. Only a file that never was below the recorded
@@ -14,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +39,7 @@ from pipeline.store import Store, StoreMissingError, list_uris, sha256_of
 
 FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
+MERGED = "merged-"
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
 
@@ -122,6 +128,29 @@ class Manifest:
             self._drop(key, table, asked)
         return sorted({row["row_id"] for row in hits})
 
+    def compact(self, rows_per_file: int = 50_000) -> int:
+        """Merge the files of single rows into files of up to so many rows; return how many rows were merged.
+
+        For a job at rest: a row that is recorded a second time while its file is merged would stand twice. May be
+        interrupted anywhere and called again.
+
+        Raises ManifestError for an unreadable file, which nothing is done to, StoreError from the storage.
+        """
+        single, merged = self._keys_by_kind()
+        known = {row_id for key in merged for row_id in self._load(key, ["row_id"])["row_id"].to_pylist()}
+        # What an interrupted merge has left: the row stands in the merged file already.
+        done = [key for key in single if _row_id(key) in known]
+        left = [key for key in single if _row_id(key) not in known]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            list(pool.map(self.store.delete, done))
+            for start in range(0, len(left), rows_per_file):
+                parts = left[start : start + rows_per_file]
+                table = pa.concat_tables(pool.map(self._load, parts))
+                name = sha256("".join(map(_row_id, parts)).encode()).hexdigest()[:24]
+                self.store.put(f"{FOLDER}/{MERGED}{name}.parquet", _encode_many(table))
+                list(pool.map(self.store.delete, parts))
+        return len(single)
+
     def verify(self, check_hashes: bool = True) -> list[Problem]:
         """Compare the records with the files and return every problem found, none for a sound job.
 
@@ -149,27 +178,50 @@ class Manifest:
             if key.endswith(".parquet") and not key.rsplit("/", 1)[-1].startswith((".", "_"))
         ]
 
+    def _keys_by_kind(self) -> tuple[list[str], list[str]]:
+        """Return the keys of single rows' files, and those of merged ones."""
+        keys = self._keys()
+        merged = [key for key in keys if _row_id(key).startswith(MERGED)]
+        return sorted(set(keys) - set(merged)), merged
+
+    def _load(self, key: str, columns: Iterable[str] = COLUMN_NAMES) -> Any:
+        return _decode(key, self.store.read(key), columns)
+
     def _tables(
         self,
         columns: Iterable[str] = COLUMN_NAMES,
         on_error: Callable[[str, ManifestError], None] | None = None,
     ) -> Iterator[tuple[str, Any]]:
-        """Yield every manifest file's key and table, in the order of the keys."""
+        """Yield every manifest file's key and table.
+
+        A file that is gone when it is to be read was forgotten, or merged into one that is new: the folder is
+        listed again until none was missed. A row may come twice.
+        """
         wanted = list(columns)
 
-        def load(key: str) -> tuple[str, Any]:
+        def load(key: str) -> tuple[str, Any, bool]:
+            """Return the key, its table if there is one, and whether the file is gone."""
             try:
-                return key, _decode(key, self.store.read(key), wanted)
-            except StoreMissingError:  # forgotten between the listing and here: it is no row any more
-                return key, None
+                return key, self._load(key, wanted), False
+            except StoreMissingError:
+                return key, None, True
             except ManifestError as error:
                 if on_error is None:
                     raise
                 on_error(key, error)
-                return key, None
+                return key, None, False
 
+        read: set[str] = set()
+        gone = True
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            yield from ((key, table) for key, table in pool.map(load, self._keys()) if table is not None)
+            while gone:
+                keys = [key for key in self._keys() if key not in read]
+                read.update(keys)
+                gone = False
+                for key, table, missed in pool.map(load, keys):
+                    gone = gone or missed
+                    if table is not None:
+                        yield key, table
 
     def _winner(self, row_id: str) -> dict[str, Any]:
         winner = self.get(row_id)
@@ -244,6 +296,11 @@ def _key(row_id: str) -> str:
     return f"{FOLDER}/{check_row_id(row_id)}.parquet"
 
 
+def _row_id(key: str) -> str:
+    """The row that a file of a single row is named after."""
+    return key.removeprefix(f"{FOLDER}/").removesuffix(".parquet")
+
+
 # ------------------------------------------------------------------------------------------------- Parquet
 
 
@@ -251,6 +308,12 @@ def _encode(table: Any) -> bytes:
     sink = pa.BufferOutputStream()
     # Dictionaries and statistics would double the size of a file with one row.
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+    return sink.getvalue().to_pybytes()
+
+
+def _encode_many(table: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 

@@ -1,5 +1,6 @@
 """Facts about the manifest: its columns, that a row is recorded once, and that verify finds what is wrong."""
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -17,10 +18,10 @@ from pipeline.store import Store
 
 GOLDEN = """
 row_id string; job string; kind string; status string; reference_uri string; reference_sha256 string; prompt
-string; negative_prompt string; seed int64; variant string; method string; optimize string; model string; model_revision
-string; spec_json string; output_uri string; output_sha256 string; output_bytes int64; amf_uri string;
-bank_uri string; frames int32; height int32; width int32; fps double; losses list<float32>; loss_first float;
-loss_final float; seconds_read double; seconds_extract double; seconds_learn double; seconds_guidance
+string; category string; negative_prompt string; seed int64; variant string; method string; optimize string; model
+string; model_revision string; spec_json string; output_uri string; output_sha256 string; output_bytes int64;
+amf_uri string; bank_uri string; frames int32; height int32; width int32; fps double; losses list<float32>;
+loss_first float; loss_final float; seconds_read double; seconds_extract double; seconds_learn double; seconds_guidance
 double; seconds_denoise double; seconds_decode double; seconds_encode double; seconds_write double;
 seconds_total double; peak_memory_bytes int64; device string; node string; attempts int32; error_kind string;
 error_class string; error_message string; started_at timestamp[us, tz=UTC]; finished_at timestamp[us, tz=UTC];
@@ -66,7 +67,7 @@ def test_the_columns_their_order_and_their_types_are_those_of_the_contract():
 
 def test_every_column_says_what_it_means_and_its_unit():
     assert all(column.meaning for column in COLUMNS)
-    assert SCHEMA.field("seconds_read").metadata == {b"unit": b"seconds", b"meaning": COLUMNS[27].meaning.encode()}
+    assert SCHEMA.field("seconds_read").metadata == {b"unit": b"seconds", b"meaning": COLUMNS[28].meaning.encode()}
     assert SCHEMA.metadata == {b"ditflow_schema_version": b"1"}
 
 
@@ -185,6 +186,85 @@ def test_a_merged_file_counts_and_a_row_in_two_files_appears_once(store, manifes
     assert sorted(manifest.read(["row_id"])["row_id"].to_pylist()) == ["r0", "r1", "r2", "r3"]
     assert manifest.read().num_rows == 4
     assert manifest.get("r1") == rows[1]
+
+
+class DiesAfter:
+    """A store that fails for good after so many changes, as a killed process would."""
+
+    def __init__(self, store: Store, changes: int):
+        self._store, self._left = store, changes
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def _change(self, change, *arguments):
+        if self._left == 0:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return change(*arguments)
+
+    def put(self, *arguments):
+        return self._change(self._store.put, *arguments)
+
+    def delete(self, *arguments):
+        return self._change(self._store.delete, *arguments)
+
+
+def records(manifest: Manifest) -> list[dict]:
+    return sorted(manifest.read().to_pylist(), key=lambda row: row["row_id"])
+
+
+def test_compaction_keeps_every_record_and_leaves_few_files(store, manifest):
+    for n in range(7):
+        manifest.commit(failed(f"r{n}", seed=n, losses=[1.0, n]))
+    before = records(manifest)
+    assert manifest.compact(rows_per_file=3) == 7
+    assert len(store.list("manifest")) == 3
+    assert records(manifest) == before
+    assert manifest.get("r5") == before[5]
+    assert manifest.compact() == 0
+    manifest.commit(failed("r7"))
+    assert manifest.compact() == 1
+    assert len(records(manifest)) == 8
+
+
+@pytest.mark.parametrize("changes", range(12))
+def test_compaction_may_end_anywhere_and_be_done_again(local_store, changes):
+    """Two merges of three rows: eight changes when nothing ends them."""
+    manifest = Manifest(local_store)
+    for n in range(6):
+        manifest.commit(failed(f"r{n}", seed=n))
+    before = records(manifest)
+    with contextlib.suppress(KeyboardInterrupt):
+        Manifest(DiesAfter(local_store, changes)).compact(rows_per_file=3)
+    assert records(manifest) == before
+    manifest.compact(rows_per_file=3)
+    assert records(manifest) == before
+    assert manifest.verify() == [], "no row stands twice"
+    assert all(key.startswith("manifest/merged-") for key in local_store.list("manifest"))
+
+
+def test_a_reader_whose_files_are_merged_meanwhile_reads_every_row(local_store, monkeypatch):
+    manifest = Manifest(local_store)
+    for n in range(4):
+        manifest.commit(failed(f"r{n}"))
+    listed, lists = local_store.list("manifest"), []
+
+    def list_before_the_merge(folder):
+        lists.append(folder)
+        return listed if len(lists) == 1 else Store.list(local_store, folder)
+
+    Manifest(Store(local_store.uri)).compact()
+    monkeypatch.setattr(local_store, "list", list_before_the_merge)
+    assert sorted(manifest.statuses()) == ["r0", "r1", "r2", "r3"]
+
+
+def test_an_unreadable_file_is_not_merged_away(store, manifest):
+    manifest.commit(failed("r1"))
+    store.put("manifest/r2.parquet", b"no parquet")
+    with pytest.raises(ManifestError, match=r"r2\.parquet"):
+        manifest.compact()
+    assert sorted(store.list("manifest")) == ["manifest/r1.parquet", "manifest/r2.parquet"]
 
 
 def test_files_that_are_no_records_are_passed_over(store, manifest):
