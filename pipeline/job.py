@@ -143,6 +143,10 @@ class OwnSettings:
     learn_with: str | None = None
 
 
+JOBS_OWN = OwnSettings()
+"""A row that sets nothing for itself."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One job. `method`, `methods` and `sampling` are resolved: nothing in them is None.
@@ -207,7 +211,9 @@ class Job:
     def extraction_settings(self) -> dict[str, Any]:
         """Every setting that decides what is extracted from a reference."""
         settings = self.row_settings()
-        method = {key: settings["method"][key] for key in ("blocks", "loss_entries", "other_frames")}
+        keys = ["blocks", "loss_entries", "loss_threshold", "reference_flow", "other_frames"]
+        keys += ["temperature"] if self.method.reference_flow == "soft" else []
+        method = {key: settings["method"][key] for key in keys}
         return {
             "loss": self.method.loss,
             "latents": self.method.injects,
@@ -219,5 +225,7 @@ class Job:
 
 def content_id(**content: Any) -> str:
     """Hash of JSON values: 24 hex digits, the same for the same content."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(_CANONICAL.encode(content).encode()).hexdigest()[:24]
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
-from typing import Any
 
-from pipeline.job import Job, OwnSettings, Table, content_id
+from pipeline.job import JOBS_OWN, Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
 from pipeline.store import Store, StoreMissingError, absolute_uri, fingerprint, list_uris, sha256_of
 from pipeline.tables import PlanError, read_pairs, read_prompts
@@ -50,7 +49,7 @@ class WorkRow:
     category: str | None = None
     """The prompt's class, for tables of results; it decides nothing."""
     seed: int | None = None
-    own: OwnSettings = field(default_factory=OwnSettings)
+    own: OwnSettings = JOBS_OWN
     motion_id: str | None = None
     """Id of the reference's extracted motion, shared by all rows of the reference."""
 
@@ -67,7 +66,7 @@ class WorkRow:
         return cls(**{**values, "own": OwnSettings(**values["own"])})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Combination:
     """What a row is made of, beside the job's settings: a reference or bank, a prompt, a seed, and its own settings."""
 
@@ -75,7 +74,7 @@ class Combination:
     prompt: str | None = None
     seed: int | None = None
     category: str | None = None
-    own: OwnSettings = field(default_factory=OwnSettings)
+    own: OwnSettings = JOBS_OWN
 
 
 @dataclass(frozen=True)
@@ -83,22 +82,22 @@ class Plan:
     """All rows of a job, split by what the manifest says."""
 
     todo: list[WorkRow]
-    statuses: dict[str, str] = field(default_factory=dict)
-    """Status of every planned row that has ended, by row id."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """How many of the planned rows have ended, by status."""
     retried: list[str] = field(default_factory=list)
     """Ids of rows to do that have ended before: their records are forgotten when the run begins."""
     duplicates: int = 0
-    """Planned rows whose content is that of another row: made once."""
+    """Planned rows whose content is that of another row: made once, and of the first one's class."""
 
     @property
     def total(self) -> int:
         """Rows of the job."""
-        return len(self.todo) + len(self.statuses)
+        return len(self.todo) + sum(self.ended.values())
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, `todo` included."""
-        return {"todo": len(self.todo), **Counter(self.statuses.values())}
+        return {"todo": len(self.todo), **self.ended}
 
 
 def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
@@ -107,61 +106,65 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
     Hashes of the inputs are remembered beside the outputs, so that a resumed job reads only what changed.
     Raises PlanError for inputs that make no rows, StoreError from the storage.
     """
-    rows = list(_rows(job, model_revision))
-    unique = _first_of_each(rows)
-    recorded = Manifest(Store(job.output.uri, job.storage_options)).statuses()
-    ended = {
-        row.row_id: recorded[row.row_id]
-        for row in unique
-        if row.row_id in recorded and recorded[row.row_id] not in retry
-    }
-    todo = [row for row in unique if row.row_id not in ended]
-    retried = [row.row_id for row in todo if row.row_id in recorded]
-    return Plan(todo, ended, retried, duplicates=len(rows) - len(unique))
-
-
-def _first_of_each(rows: Iterable[WorkRow]) -> list[WorkRow]:
-    """Drop rows whose content is that of an earlier one."""
-    first: dict[str, WorkRow] = {}
-    for row in rows:
-        first.setdefault(row.row_id, row)
-    return list(first.values())
-
-
-def _rows(job: Job, model_revision: str) -> Iterator[WorkRow]:
-    """Every row of the job, with its id."""
     combinations = list(_combinations(job))
-    for name, variant in job.variants.items():
-        yield from _rows_of_variant(name, variant, model_revision, combinations)
+    recorded = Manifest(Store(job.output.uri, job.storage_options)).statuses()
+    planned: set[str] = set()
+    todo, retried, ended = [], [], Counter[str]()
+    for variant in job.variants:
+        planner = _Planner(job, variant, model_revision)
+        for made_of in combinations:
+            row_id = planner.row_id(made_of)
+            if row_id in planned:
+                continue
+            planned.add(row_id)
+            status = recorded.get(row_id)
+            if status is not None and status not in retry:
+                ended[status] += 1
+                continue
+            todo.append(planner.work(row_id, made_of))
+            if status is not None:
+                retried.append(row_id)
+    return Plan(todo, ended, retried, duplicates=len(combinations) * len(job.variants) - len(planned))
 
 
-def _rows_of_variant(
-    name: str, job: Job, model_revision: str, combinations: Sequence[Combination]
-) -> Iterator[WorkRow]:
-    fixed = {"format": job.ROW_FORMAT, "model": model_revision}
+class _Planner:
+    """Makes the rows of one of a job's methods. Settings are hashed once, for a job has many rows and few settings."""
 
-    @cache
-    def settings_of(own: OwnSettings) -> tuple[dict[str, Any], dict[str, Any]]:
-        of_row = job.with_own(own)
-        return {"kind": job.kind, **fixed, **of_row.row_settings()}, {**fixed, **of_row.extraction_settings()}
+    def __init__(self, job: Job, variant: str, model_revision: str):
+        self._job, self._variant = job.variants[variant], variant
+        self._fixed = {"format": job.ROW_FORMAT, "model": model_revision}
+        self._settings, self._extraction = cache(self._settings_id), cache(self._extraction_id)
 
-    for made_of in combinations:
-        settings, extraction = settings_of(made_of.own)
-        identity = made_of.source.identity if made_of.source is not None else None
-        row = WorkRow(
-            content_id(source=identity, prompt=made_of.prompt, seed=made_of.seed, **settings),
-            variant=name,
+    def row_id(self, made_of: Combination) -> str:
+        identity = made_of.source and made_of.source.identity
+        settings = self._settings(made_of.own)
+        return content_id(settings=settings, source=identity, prompt=made_of.prompt, seed=made_of.seed)
+
+    def work(self, row_id: str, made_of: Combination) -> WorkRow:
+        reuses = self._job.kind == "reuse"
+        return WorkRow(
+            row_id,
+            variant=self._variant,
+            reference=None if reuses else made_of.source,
+            bank=made_of.source if reuses else None,
             prompt=made_of.prompt,
             category=made_of.category,
             seed=made_of.seed,
             own=made_of.own,
+            motion_id=None if reuses else self._motion_id(made_of),
         )
-        if job.kind == "reuse":
-            yield replace(row, bank=made_of.source)
-        else:
-            moved = job.method.needs_reference
-            motion_id = content_id(reference=identity, **extraction) if moved else None
-            yield replace(row, reference=made_of.source, motion_id=motion_id)
+
+    def _motion_id(self, made_of: Combination) -> str | None:
+        if not self._job.method.needs_reference:
+            return None
+        identity = made_of.source and made_of.source.identity
+        return content_id(settings=self._extraction(made_of.own), reference=identity)
+
+    def _settings_id(self, own: OwnSettings) -> str:
+        return content_id(kind=self._job.kind, **self._fixed, **self._job.with_own(own).row_settings())
+
+    def _extraction_id(self, own: OwnSettings) -> str:
+        return content_id(**self._fixed, **self._job.with_own(own).extraction_settings())
 
 
 def _combinations(job: Job) -> Iterator[Combination]:

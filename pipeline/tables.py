@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from pipeline.job import Job, OwnSettings, Table
+from pipeline.job import JOBS_OWN, Job, OwnSettings, Table
 from pipeline.store import read_uri
 
 
@@ -34,7 +34,7 @@ class Pair:
     prompt: str
     seed: int | None = None
     category: str | None = None
-    own: OwnSettings = field(default_factory=OwnSettings)
+    own: OwnSettings = JOBS_OWN
 
 
 _FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")

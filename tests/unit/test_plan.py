@@ -401,6 +401,8 @@ MATTERS = {
     "learning_rate": vary("method", learning_rate=(0.002, 0.002)),
     "injection": vary("method", injection=False),
     "loss_entries": vary("method", loss_entries="all"),
+    "loss_threshold": vary("method", loss_threshold=0.5),
+    "reference_flow": vary("method", reference_flow="soft"),
     "other_frames": vary("method", other_frames=True),
     "zero_shot": vary("method", zero_shot=True),
     "learn_with": vary("method", zero_shot=True, learn_with="a ball"),
@@ -526,6 +528,8 @@ def test_all_rows_of_a_reference_share_one_motion_and_no_two_references_do(local
 EXTRACTION = (
     "blocks",
     "loss_entries",
+    "loss_threshold",
+    "reference_flow",
     "other_frames",
     "injection",
     "method",
@@ -672,7 +676,6 @@ def test_a_row_that_has_ended_is_not_done_again(job, ended):
     planned = plan(job)
     assert (planned.total, len(planned.todo)) == (8, 5)
     assert {row.row_id for row in planned.todo}.isdisjoint(ended.values())
-    assert planned.statuses == {row_id: status for status, row_id in ended.items()}
     assert planned.counts == {"todo": 5, "ok": 1, "failed": 1, "quarantined": 1}
     assert planned.retried == []
 
@@ -683,7 +686,7 @@ def test_a_retry_does_the_rows_with_these_statuses_again_and_lists_them(job, end
     again = [ended[status] for status in retry]
     assert sorted(planned.retried) == sorted(again)
     assert set(again) < {row.row_id for row in planned.todo}
-    assert set(planned.statuses.values()) == {*ended} - {*retry}
+    assert set(planned.ended) == {*ended} - {*retry}
     assert planned.total == 8
 
 

@@ -1,0 +1,130 @@
+"""One run at a time works on an output, and a dead run's lease passes on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+
+from pipeline.lease import Holder, Lease, LeaseLostError
+from pipeline.store import Store, StoreError
+
+ELSEWHERE = {"number": 1, "token": "t", "host": "another-machine", "pid": 7, "since": "2026-01-01T00:00:00+00:00"}
+
+
+def leave(store: Store, **values) -> None:
+    """Leave the lease of a run that is not renewed by anybody."""
+    holder = {**ELSEWHERE, "beat": 0, **values}
+    store.put(f"lease/{holder['number']:06d}.json", json.dumps(holder).encode())
+
+
+def holders(store: Store) -> list[dict]:
+    return [json.loads(store.read(key)) for key in store.list("lease")]
+
+
+def test_a_lease_is_held_for_a_block_and_given_back(store):
+    with Lease(store) as lease:
+        lease.check()
+        assert [holder["pid"] for holder in holders(store)] == [os.getpid()]
+    assert holders(store) == []
+    with Lease(store):
+        pass
+
+
+def test_a_second_run_is_refused_while_the_first_lives(local_store):
+    with Lease(local_store, expires_s=0.3):
+        command = (
+            "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
+            "with Lease(Store(sys.argv[1]), expires_s=0.6): print('held')"
+        )
+        second = subprocess.run([sys.executable, "-c", command, local_store.uri], capture_output=True, text=True)
+        assert "held" not in second.stdout
+        assert f"another run is working on this output (process {os.getpid()} on" in second.stderr
+        assert len(holders(local_store)) == 1
+
+
+def test_a_lease_that_nobody_renews_passes_on_and_the_wait_is_told(store):
+    leave(store, number=4)
+    waited, told = [], []
+    with Lease(store, expires_s=60, on_wait=told.append, sleep=waited.append):
+        assert max(holder["number"] for holder in holders(store)) == 5
+    assert sum(waited) == pytest.approx(60)
+    assert [holder.host for holder in told] == ["another-machine"]
+    assert holders(store) == []
+
+
+def test_the_lease_of_a_dead_process_of_this_machine_passes_on_at_once(local_store):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    here = Holder.here(1)
+    leave(local_store, host=here.host, pid=int(gone.stdout))
+    with Lease(local_store, sleep=lambda seconds: pytest.fail("it need not wait")):
+        pass
+    leave(local_store, host=here.host, pid=os.getpid())
+    with Lease(local_store, sleep=lambda seconds: pytest.fail("a process id comes again: that was another run")):
+        pass
+
+
+def test_a_lease_that_is_given_back_meanwhile_is_free(store):
+    leave(store)
+    with Lease(store, sleep=lambda seconds: store.delete("lease/000001.json")):
+        assert [holder["number"] for holder in holders(store)] == [1]
+
+
+HOLD = """
+import sys, time
+from pipeline.lease import Lease, LeaseHeldError
+from pipeline.store import Store
+try:
+    with Lease(Store(sys.argv[1]), expires_s=1):
+        began = time.monotonic()
+        time.sleep(0.5)
+        print(began, time.monotonic())
+except LeaseHeldError:
+    pass
+"""
+
+
+def test_of_runs_that_find_a_dead_one_no_two_go_on_at_the_same_time(local_store):
+    leave(local_store)
+    command = [sys.executable, "-c", HOLD, local_store.uri]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    spans = sorted([float(part) for part in line.split()] for run in runs if (line := run.communicate()[0]))
+    assert [run.returncode for run in runs] == [0] * 4
+    assert spans, "one goes on"
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def wait_for_loss(lease: Lease) -> None:
+    """Work until the main thread is interrupted, as it is when the lease is lost."""
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(4)
+    lease.check()
+
+
+def test_a_run_that_was_taken_over_is_told_and_leaves_the_others_lease(local_store):
+    with Lease(local_store, expires_s=0.2) as lease:
+        leave(local_store, number=2)
+        with pytest.raises(LeaseLostError, match="another run took this output over"):
+            wait_for_loss(lease)
+    assert max(holder["number"] for holder in holders(local_store)) == 2
+
+
+def test_a_run_that_ends_before_it_is_told_leaves_the_others_lease_too(store):
+    leave(store, number=3)
+    with Lease(store, sleep=lambda seconds: None):
+        leave(store, number=9)
+    assert [holder["number"] for holder in holders(store)] == [9]
+
+
+def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(local_store, monkeypatch):
+    with Lease(local_store, expires_s=0.2) as lease:
+
+        def refuse(key: str, data: bytes) -> None:
+            raise StoreError("the network is away", transient=True)
+
+        monkeypatch.setattr(local_store, "put", refuse)
+        with pytest.raises(LeaseLostError, match=r"not be renewed for 0\.2 seconds \(the network is away\)"):
+            wait_for_loss(lease)
