@@ -28,7 +28,7 @@ Array = NDArray[np.floating[Any]]
 
 CLEAR = 0.5
 """From this clarity on (1: a flawless silhouette, 0: nothing), a frame counts as showing the sprite."""
-RADII = tuple(range(7, 18))
+RADII = tuple(range(9, 21))
 """Radii in pixels that are looked for, in clips of 64x64."""
 
 _LEVELS = 16

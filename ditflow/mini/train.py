@@ -96,14 +96,14 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=2800, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "rotary": Recipe(steps=9000, batch=16, learning_rate=4e-3, images=24),
-    "additive": Recipe(steps=9000, batch=16, learning_rate=4e-3, images=24),
+    "rotary": Recipe(steps=11500, batch=16, learning_rate=4e-3, images=24),
+    "additive": Recipe(steps=11500, batch=16, learning_rate=4e-3, images=24),
 }
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "rotary": {"blocks": [3], "learning_rate": [0.02, 0.01]},
-    "additive": {"blocks": [3], "learning_rate": [0.02, 0.01]},
+    "rotary": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
+    "additive": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
 }
 """What guides best, by `python -m benchmarks.mini_sweep`; every folder carries its own in `ditflow.json`."""
 

@@ -213,7 +213,7 @@ def sample_scene(seed: int, split: str = "train", *, sprites: int | None = None,
     `sprites` (1 or 2) and `shot` fix what is otherwise drawn. Raises ValueError for an unknown split or shot.
     """
     rng = _generator(seed, split)
-    drawn_count, drawn_shot = int(rng.choice([1, 2], p=[0.65, 0.35])), _pick(rng, SHOTS)
+    drawn_count, drawn_shot = int(rng.choice([1, 2], p=[0.75, 0.25])), _pick(rng, SHOTS)
     background = _sample_background(rng)
     paths = _sample_paths(rng, drawn_count if sprites is None else sprites)
     looks = _sample_appearances(rng, background, len(paths))
@@ -277,9 +277,9 @@ def _sample_paths(rng: np.random.Generator, count: int) -> list[Path]:
     """Return paths that start and end apart; on the way they may cross."""
     if count not in (1, 2):
         raise ValueError(f"A scene is sampled with 1 or 2 sprites, not {count}.")
-    largest = 15.0 if count == 1 else 12.0
+    radii = (12.0, 18.0) if count == 1 else (10.0, 13.0)
     while True:
-        paths = [_sample_path(rng, largest) for _ in range(count)]
+        paths = [_sample_path(rng, *radii) for _ in range(count)]
         if count == 1 or _gap(paths[0], paths[1]) > 0:
             return paths
 
@@ -291,10 +291,10 @@ def _gap(one: Path, other: Path) -> float:
     return float((apart - 0.9 * (one.size(ends) + other.size(ends))).min())
 
 
-def _sample_path(rng: np.random.Generator, largest: float) -> Path:
+def _sample_path(rng: np.random.Generator, smallest: float, largest: float) -> Path:
     """Return a path of 15 to 40 units whose ends lie inside the picture and which bends to its middle."""
     grows, bends, speeds = rng.random(3) < (0.35, 0.4, 0.4)
-    first, last = rng.uniform(9.0, largest, 2)
+    first, last = rng.uniform(smallest, largest, 2)
     radius = (float(first), float(last if grows else first))
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(15.0, 40.0)
     travel = length * np.array([np.cos(angle), np.sin(angle)])
@@ -375,6 +375,10 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 REACH = 1.25
 
 
+PATTERN_STRENGTH = 0.6
+"""Of a texture's second colour: weak enough that a texture does not hide the shape."""
+
+
 def _pattern(texture: str, x: Array, y: Array, radius: Array) -> Array:
     """Return how much of the pattern's colour each point [N] takes, in [0, 1]; `radius` [N] in pixels.
 
@@ -398,7 +402,7 @@ def _sprite_colours(look: Appearance, x: Array, y: Array, depth: Array, radius: 
     """
     colour, accent = np.array(COLOURS[look.colour], np.float32)
     light = np.clip(0.88 - 0.32 * (x + y), 0.45, 1.15) * np.clip(0.25 + 0.5 * depth, 0.45, 1)
-    share = _pattern(look.texture, x, y, radius)
+    share = PATTERN_STRENGTH * _pattern(look.texture, x, y, radius)
     return (colour + share[:, None] * (accent - colour)) * light[:, None]
 
 

@@ -38,7 +38,7 @@ def test_held_out_clips_are_named_and_tracked():
 def test_radii_are_those_of_the_sprite():
     scene = sample_scene(3, "eval", sprites=1)
     sprite = scene.sprites[0]
-    for radius in (9.0, 14.0):
+    for radius in (10.0, 18.0):
         path = replace(sprite.path, start=(0.0, 0.0), travel=(4.0, 0.0), bend=0.0, radius=(radius, radius))
         clip = render(replace(scene, sprites=(replace(sprite, path=path),)))
         assert look_at(clip.frames).radii.mean() == pytest.approx(radius, abs=1)
