@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int8, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,18 +21,19 @@ from ditflow.types import QueriesKeys, TokenGrid
 _LARGEST_INT8 = 127
 
 
-def hard_displacement(attention: QueriesKeys, grid: TokenGrid) -> Int8[Tensor, "frames frames patches 2"]:
+def hard_displacement(attention: QueriesKeys, grid: TokenGrid) -> Int[Tensor, "frames frames patches 2"]:
     """Displacement of every patch to its best match in every frame: [i, j, p] = (dx, dy) in patches.
 
     Entry [i, j, p] says where patch p of frame i is found in frame j: coordinates of the largest logit minus p's
     own (ties: the lowest index). Logits are taken in fp32 or better, since bf16 logits flip 1-3 % of the entries.
+    The result is int8, or int16 on a grid with more than 128 patches to a side.
     """
-    assert max(grid.height, grid.width) <= _LARGEST_INT8, f"displacements on a {grid} grid overflow int8"
     query, key = _wide(attention.query), _wide(attention.key)
     grid.check_tokens(query.shape[0])
     matches = torch.stack([(query @ frame_key.T).argmax(dim=-1) for frame_key in key.split(grid.patches)])
     coordinates = grid.coordinates(query.device)
-    return _relative(coordinates[matches], grid).to(torch.int8)
+    largest = max(grid.height, grid.width) - 1
+    return _relative(coordinates[matches], grid).to(torch.int8 if largest <= _LARGEST_INT8 else torch.int16)
 
 
 def soft_displacement(

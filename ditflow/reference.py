@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ditflow.artifact import ArtifactError, read_artifact, write_artifact
@@ -37,7 +37,7 @@ class MotionReference:
     fps: float | None = None
 
     @property
-    def displacement(self) -> Int8[Tensor, "frames frames patches 2"]:
+    def displacement(self) -> Int[Tensor, "frames frames patches 2"]:
         """The attention motion flow of the first guidance block, in patches."""
         return next(iter(self.payloads.values()))["displacement"]
 

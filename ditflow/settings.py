@@ -57,6 +57,8 @@ class MethodSettings:
     learning_rate: Adam's rate in the first and in the last guided step, linear between.
     injection: also put the reference's keys and values into block 0 during the guided steps.
     loss_entries: `ditflow` compares where the reference moves (`nonzero`), or everywhere (`all`).
+    loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
+    reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
     zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
     """
@@ -71,6 +73,8 @@ class MethodSettings:
     learning_rate: tuple[float, float] | None = None
     injection: bool = True
     loss_entries: Literal["nonzero", "all"] = "nonzero"
+    loss_threshold: float = 0.0
+    reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
     zero_shot: bool = False
     learn_with: str = ""
@@ -81,6 +85,9 @@ class MethodSettings:
         _require(self.preset in ("paper", "official"), "preset", self.preset, "paper or official")
         entries = ("nonzero", "all")
         _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
+        threshold = self.loss_threshold
+        _require(0 <= threshold < math.inf, "loss_threshold", threshold, "a number of patches, 0 or more (paper: 0)")
+        _require(self.reference_flow in ("hard", "soft"), "reference_flow", self.reference_flow, "hard or soft")
         if self.blocks is not None:
             ok = len(set(self.blocks)) == len(self.blocks) > 0 and min(self.blocks) >= 0
             _require(ok, "blocks", self.blocks, "one or more different block numbers, counted from 0")

@@ -64,12 +64,22 @@ class Geometry:
         A causal VAE keeps the first frame apart (4k + 1 frames) or takes frames by twice its compression; any
         other length would come back from it with another number of frames.
         """
-        if frames < 2 or not (frames % self.temporal == 1 or frames % (2 * self.temporal) == 0):
-            below = max(frames - 1, self.temporal) // self.temporal * self.temporal + 1
+        if not self._comes_back(frames):
             rule = f"{self.temporal}k + 1 frames, or a multiple of {2 * self.temporal}, for {self.name}'s VAE"
-            raise SettingsError("frames", frames, f"{rule}; near are {below} and {below + self.temporal}")
+            one, other = self._nearest_lengths(frames)
+            raise SettingsError("frames", frames, f"{rule}; near are {one} and {other}")
         latent_frames = -(-frames // self.temporal)
         return -(-latent_frames // self.temporal_patch) * self.temporal_patch
+
+    def _comes_back(self, frames: int) -> bool:
+        """Whether the VAE gives back a clip of this length in its length."""
+        return frames >= 2 and (frames % self.temporal == 1 or frames % (2 * self.temporal) == 0)
+
+    def _nearest_lengths(self, frames: int) -> list[int]:
+        """Return the next shorter and the next longer clip that comes back, or the two shortest of all."""
+        lengths = [n for n in range(frames - self.temporal, max(frames, 0) + 3 * self.temporal) if self._comes_back(n)]
+        below, above = [n for n in lengths if n < frames], [n for n in lengths if n > frames]
+        return [*below[-1:], *above][:2]
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -125,19 +125,27 @@ class CogVideoX:
 
     def default_position(self, grid: TokenGrid) -> PositionEmbedding:
         """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D]."""
-        patch, spatial = self.geometry.patch, self.geometry.spatial
-        latent_size = (grid.height * patch, grid.width * patch)
         if self._rotary:
-            height, width = (side * spatial for side in latent_size)
-            frames = grid.frames * self.geometry.temporal_patch
-            # The pipeline's own method: grid crops (1.0) and slices (1.5) are its business.
-            prepare = self.pipeline._prepare_rotary_positional_embeddings
-            cos, sin = (part.float() for part in prepare(height, width, frames, self.device))
+            cos, sin = (part.float() for part in self._rotary_embedding(grid))
             return {"query_cos": cos, "query_sin": sin, "key_cos": cos.clone(), "key_sin": sin.clone()}
         embed = self.transformer.patch_embed
+        latent_size = (grid.height * self.geometry.patch, grid.width * self.geometry.patch)
         pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
         joint = embed._get_positional_embeddings(*latent_size, pixel_frames, device=self.device)
         return {"additive": joint[0, embed.max_text_seq_length :].float()}
+
+    def _rotary_embedding(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the video tokens' rotation, [S, d]."""
+        size, config = (grid.height, grid.width), self.transformer.config
+        if config.patch_size_t is not None:
+            # 1.5 counts patches from the corner. The pipeline's own method cuts these from those of the trained size,
+            # and fails where a side is longer, as in a portrait.
+            return get_3d_rotary_pos_embed(
+                config.attention_head_dim, None, size, grid.frames, grid_type="slice", max_size=size, device=self.device
+            )
+        height, width = (side * self.geometry.patch * self.geometry.spatial for side in size)
+        # The pipeline's own method: how 1.0 fits a grid into the trained one is its business.
+        return self.pipeline._prepare_rotary_positional_embeddings(height, width, grid.frames, self.device)
 
     # ------------------------------------------------------------------ pixels and words
 

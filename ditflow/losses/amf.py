@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionMotionFlowLoss:
-    """The reference's hard displacement against the generated video's soft displacement, in patches squared.
+    """The reference's displacement against the generated video's soft displacement, in patches squared.
 
-    entries: `nonzero` compares the entries in which the reference moves, `all` compares every entry.
+    entries: `nonzero` compares the entries in which the reference moves by more than `threshold` patches, `all`
+    compares every entry. reference_flow: the reference's displacement is that of the best match (`hard`, the paper's),
+    or the expected one (`soft`, at the same temperature).
     """
 
     temperature: float = 2.0
     entries: Literal["nonzero", "all"] = "nonzero"
+    threshold: float = 0.0
+    reference_flow: Literal["hard", "soft"] = "hard"
 
     name: ClassVar[str] = "ditflow"
     captures: ClassVar[CaptureKind] = "queries_keys"
@@ -35,11 +39,14 @@ class AttentionMotionFlowLoss:
     def from_settings(cls, method: MethodSettings) -> AttentionMotionFlowLoss:
         """Return the loss that resolved settings describe."""
         assert method.temperature is not None, "resolve() first"
-        return cls(temperature=method.temperature, entries=method.loss_entries)
+        return cls(method.temperature, method.loss_entries, method.loss_threshold, method.reference_flow)
 
     def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:
-        """Return {"displacement": int8 [F, F, P, 2]}; StaticReferenceError if nothing moves at all."""
-        displacement = amf.hard_displacement(capture, grid)
+        """Return {"displacement": int8 or int16, soft fp16, [F, F, P, 2]}; StaticReferenceError if nothing moves."""
+        if self.reference_flow == "soft":
+            displacement = amf.soft_displacement(capture, grid, self.temperature).detach().half()
+        else:
+            displacement = amf.hard_displacement(capture, grid)
         self._check_moves(displacement)
         return {"displacement": displacement.cpu()}
 
@@ -47,13 +54,17 @@ class AttentionMotionFlowLoss:
         """Return the mean squared difference over the chosen entries."""
         self._check_moves(payload["displacement"])
         target = payload["displacement"].to(capture.query.device)
-        chosen = torch.ones_like(target, dtype=torch.bool) if self.entries == "all" else target != 0
+        chosen = torch.ones_like(target, dtype=torch.bool) if self.entries == "all" else self._moving(target)
         return amf.displacement_error(capture, grid, self.temperature, target, chosen)
+
+    def _moving(self, displacement: Tensor) -> Tensor:
+        return displacement.abs() > self.threshold
 
     def _check_moves(self, displacement: Tensor) -> None:
         """Raise StaticReferenceError if there is no entry to compare: their mean would be NaN."""
-        if self.entries == "nonzero" and not displacement.any():
+        if self.entries == "nonzero" and not self._moving(displacement).any():
             raise StaticReferenceError(
-                "the reference's attention motion flow is zero everywhere: there is no motion to transfer. Choose a "
-                "longer range of frames or a larger stride, or compare all entries (loss_entries: all)."
+                f"the reference's attention motion flow is {self.threshold:g} patches or less everywhere: there is no "
+                "motion to transfer. Choose a longer range of frames, a larger stride or a lower loss_threshold, or "
+                "compare all entries (loss_entries: all)."
             )

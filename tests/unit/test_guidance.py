@@ -441,6 +441,23 @@ def test_all_entries_are_compared_everywhere():
     assert loss.item() == pytest.approx(expected)
 
 
+def test_entries_up_to_the_threshold_are_left_out():
+    loss = AttentionMotionFlowLoss(threshold=1.0)(INDIFFERENT, {"displacement": hand_made_flow()}, ROW)
+    assert loss.item() == pytest.approx((1 - 2) ** 2)
+    with pytest.raises(StaticReferenceError, match="2 patches or less everywhere"):
+        AttentionMotionFlowLoss(threshold=2.0)(INDIFFERENT, {"displacement": hand_made_flow()}, ROW)
+
+
+def test_a_soft_reference_is_the_expectation_and_what_it_was_taken_from_fits_it():
+    soft = AttentionMotionFlowLoss(reference_flow="soft")
+    payload = soft.reference(INDIFFERENT, ROW)
+    assert payload["displacement"].dtype == torch.float16
+    assert payload["displacement"][0, 1, :, 0].tolist() == [1, 0, -1]
+    assert soft(INDIFFERENT, payload, ROW).item() == pytest.approx(0, abs=1e-5)
+    hard = AttentionMotionFlowLoss().reference(INDIFFERENT, ROW)
+    assert hard["displacement"][0, 1, :, 0].tolist() == [0, -1, -2], "ties go to the first patch"
+
+
 def still_attention() -> QueriesKeys:
     tokens = torch.eye(ROW.patches).repeat(ROW.frames, 1)
     return QueriesKeys(tokens, tokens, heads=1)

@@ -1,0 +1,38 @@
+"""A motion loss of one's own, in one file: how the features of every place change from frame to frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from ditflow.losses.base import Payload
+from ditflow.types import CaptureKind, Features, TokenGrid
+
+
+@dataclass(frozen=True)
+class FrameChangeLoss:
+    """The changes from one frame to the next, in the reference and in the generated video: mean squared difference."""
+
+    name: ClassVar[str] = "toy"
+    captures: ClassVar[CaptureKind] = "features"
+    reference_noise: ClassVar[float] = 0.0
+
+    @classmethod
+    def from_settings(cls, method: object) -> FrameChangeLoss:
+        return cls()
+
+    def reference(self, capture: Features, grid: TokenGrid) -> Payload:
+        """Return {"changes": fp32 [F - 1, P, D]}."""
+        return {"changes": _changes(capture, grid).detach().cpu()}
+
+    def __call__(self, capture: Features, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
+        return mse_loss(_changes(capture, grid), payload["changes"].to(capture.tokens.device))
+
+
+def _changes(capture: Features, grid: TokenGrid) -> Float[Tensor, "changes patches inner"]:
+    grid.check_tokens(capture.tokens.shape[0])
+    return capture.tokens.float().unflatten(0, (grid.frames, grid.patches)).diff(dim=0)
