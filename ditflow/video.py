@@ -33,8 +33,8 @@ MAX_PIXELS_PER_FRAME = 8192 * 4320
 
 _STRICT = "crccheck+bitstream+buffer+explode"
 """FFmpeg's err_detect: report damage. Its default is to paint over the damaged parts and to go on."""
-_CRF = "12"
-"""x264's quality, 0 (lossless) to 51: 12 cannot be told from the source, and metrics barely notice it."""
+CRF = 12
+"""x264's quality, from 1 (best) to 51: 12 cannot be told from the source, and metrics barely notice it."""
 _REPRODUCIBLE = "cpu-independent=1"
 """x264's fast approximate division (macroblock tree) gives other bytes on another processor, and, as seen with
 x264 165, now and then on the same one; this takes the exact division."""
@@ -131,29 +131,31 @@ def probe_video(source: str | Path | bytes, *, max_pixels_per_frame: int = MAX_P
         return VideoInfo(count, height, width, video.fps)
 
 
-def encode_video(frames: np.ndarray, fps: float | int) -> bytes:
+def encode_video(frames: np.ndarray, fps: float | int, *, crf: int = CRF) -> bytes:
     """Return frames uint8 [T, H, W, 3] RGB as an H.264 mp4 (yuv420p, BT.709, index first), made for any player.
 
-    The same frames and fps give the same bytes, on one build of FFmpeg: one thread, no dates, no version tags.
-    Raises VideoError for frames of another type or shape, for odd heights or widths, and for an fps <= 0.
+    crf: see `CRF`. The same frames, fps and crf give the same bytes, on one build of FFmpeg: one thread, no dates, no
+    version tags.
+    Raises VideoError for frames of another type or shape, for odd heights or widths, for an fps <= 0, and for a crf
+    out of range (0, lossless, is a profile that few players know).
     """
-    _check_encodable(frames, fps)
+    _check_encodable(frames, fps, crf)
     # The muxer moves the index to the front by opening its own output again, which only a real file allows.
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
         path = Path(folder) / "video.mp4"
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         with av.open(str(path), "w", format="mp4", container_options=options) as container:
-            _encode_into(container, frames, Fraction(fps).limit_denominator(100_000))
+            _encode_into(container, frames, Fraction(fps).limit_denominator(100_000), crf)
         return path.read_bytes()
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float | int) -> None:
+def write_video(path: str | Path, frames: np.ndarray, fps: float | int, *, crf: int = CRF) -> None:
     """Encode frames uint8 [T, H, W, 3] and put the file at `path` in one move: it is never there half-written.
 
     Raises what `encode_video` raises, and OSError if the folder is missing or not writable.
     """
     path = Path(path)
-    content = encode_video(frames, fps)
+    content = encode_video(frames, fps, crf=crf)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -379,8 +381,8 @@ def _resized(picture: Picture, height: int, width: int) -> Picture:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _encode_into(container: Any, frames: np.ndarray, rate: Fraction) -> None:
-    stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF, "x264-params": _REPRODUCIBLE})
+def _encode_into(container: Any, frames: np.ndarray, rate: Fraction, crf: int) -> None:
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "x264-params": _REPRODUCIBLE})
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
@@ -409,7 +411,7 @@ def _check_request(frames: int, height: int, width: int, start: int, stride: int
         raise VideoError(f"fit is {fit!r}, expected 'crop' or 'stretch'.")
 
 
-def _check_encodable(frames: np.ndarray, fps: float | int) -> None:
+def _check_encodable(frames: np.ndarray, fps: float | int, crf: int) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
         raise VideoError(
             f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] RGB with T >= 1. "
@@ -423,6 +425,8 @@ def _check_encodable(frames: np.ndarray, fps: float | int) -> None:
         )
     if not (math.isfinite(fps) and fps > 0):
         raise VideoError(f"fps is {fps}, expected a number above 0.")
+    if not 1 <= crf <= 51:
+        raise VideoError(f"crf is {crf}, expected 1 (best) to 51.")
 
 
 def _raise_too_short(video: _Video, frames: int, start: int, stride: int) -> NoReturn:

@@ -8,18 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import torch
 import typer
 import yaml
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from ditflow import backbones
 from ditflow.bank import MotionBank
 from ditflow.reference import MotionReference
-from ditflow.video import probe_video, read_video
+from ditflow.video import probe_video, read_video, write_video
 from jobs.cli import app
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
@@ -134,6 +136,173 @@ def test_rendered_pairs_come_with_a_table_of_prompts_in_three_classes(tmp_path):
     assert subject["prompt"] != own[subject["reference"]]
     assert [one == other for one, other in grounds] == [True, True, False]
     assert len({row[column] for row in (caption, subject, scene) for column in ("prompt", "learn_with")}) == 6
+
+
+# ----------------------------------------------------------------------------------------------- frames to clips
+
+
+def picture(level: int, size: tuple[int, int] = (48, 32), mode: str = "RGB") -> Image.Image:
+    """A picture of one grey, which tells which frame it is."""
+    return Image.new(mode, size, (level,) * 3 if mode == "RGB" else level)
+
+
+@pytest.fixture
+def frames(tmp_path) -> Path:
+    """Two folders of three frames each, `one` as JPEG and `two` as PNG, and what is no folder of frames."""
+    folder = tmp_path / "frames"
+    for name, ending in (("one", ".jpg"), ("two", ".png")):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            picture(60 * number).save(folder / name / f"{number:05d}{ending}")
+    (folder / "README.txt").write_text("two clips")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+def levels(clip: Path) -> list[int]:
+    """The grey level of every frame of a clip, rounded to those of `frames`."""
+    info = probe_video(clip)
+    read = read_video(clip, frames=info.frames, height=info.height, width=info.width).frames
+    return [round(float(frame.mean()) / 60) * 60 for frame in read]
+
+
+def test_every_folder_of_frames_becomes_a_clip_of_its_name(frames, tmp_path):
+    out = tmp_path / "new" / "clips"
+    result = ditflow("frames-to-clips", frames, out, "--fps", 12)
+    assert sorted(clip.name for clip in out.iterdir()) == ["one.mp4", "two.mp4"]
+    for clip in out.iterdir():
+        info = probe_video(clip)
+        assert (info.frames, info.height, info.width, info.fps) == (3, 32, 48, 12)
+        assert levels(clip) == [0, 60, 120]
+        assert str(clip) in result.stderr
+    assert result.stdout == ""
+
+
+def test_frames_come_in_the_order_of_the_numbers_in_their_names(frames, tmp_path):
+    for number, name in enumerate(("f1", "f2", "f10", "f0011")):
+        picture(60 * number).save(frames / "one" / f"{name}.JPEG")
+    for number in range(3):
+        (frames / "one" / f"{number:05d}.jpg").unlink()
+    (frames / "one" / "._f1.jpg").write_bytes(b"what some systems leave beside a file")
+    (frames / "one" / "f3.txt").write_text("no picture")
+    ditflow("frames-to-clips", frames, tmp_path / "clips")
+    assert levels(tmp_path / "clips" / "one.mp4") == [0, 60, 120, 180]
+
+
+def test_a_clip_of_frames_loses_less_than_half_of_what_other_videos_lose(tmp_path):
+    """As it is read for its motion, and what JPEG has lost is lost already; on noise, the hardest there is."""
+    grey = np.random.default_rng(0).integers(64, 192, (4, 64, 96, 1), np.uint8)
+    shown = grey.repeat(3, -1)
+    (tmp_path / "frames" / "a").mkdir(parents=True)
+    for number, frame in enumerate(shown):
+        Image.fromarray(frame).save(tmp_path / "frames" / "a" / f"{number}.png")
+    ditflow("frames-to-clips", tmp_path / "frames", tmp_path)
+    write_video(tmp_path / "b.mp4", shown, 24)
+
+    def lost(clip: Path) -> float:
+        read = read_video(clip, frames=4, height=64, width=96).frames
+        return float(np.square(read.astype(float) - shown).mean())
+
+    assert 2 * lost(tmp_path / "a.mp4") < lost(tmp_path / "b.mp4")
+
+
+def test_clips_that_are_there_are_kept_and_their_frames_not_needed(frames, tmp_path):
+    (tmp_path / "one.mp4").write_bytes(b"kept")
+    for file in (frames / "one").iterdir():
+        file.unlink()
+    result = ditflow("frames-to-clips", frames, tmp_path)
+    assert (tmp_path / "one.mp4").read_bytes() == b"kept"
+    assert result.stderr.splitlines() == [str(tmp_path / "two.mp4")]
+
+
+def test_pictures_are_shown_upright_and_without_alpha(frames, tmp_path):
+    turned = picture(0, (32, 48))
+    turned.paste((255, 255, 255), (0, 0, 32, 24))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+    for number in range(3):
+        turned.save(frames / "one" / f"{number:05d}.jpg", exif=exif)
+        picture(60 * number).convert("RGBA").save(frames / "two" / f"{number:05d}.png")
+    ditflow("frames-to-clips", frames, tmp_path)
+    shown = read_video(tmp_path / "one.mp4", frames=1, height=32, width=48).frames[0]
+    assert (shown[:, :20].mean() < 20, shown[:, 28:].mean() > 235) == (True, True)
+    assert levels(tmp_path / "two.mp4") == [0, 60, 120]
+
+
+def remove_pictures(one: Path) -> None:
+    for file in one.iterdir():
+        file.unlink()
+
+
+def wrap_in_a_folder(one: Path) -> None:
+    (one / "480p").mkdir()
+    for file in one.glob("*.jpg"):
+        file.rename(one / "480p" / file.name)
+
+
+def cut_off(one: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(noise).save(one / "00001.jpg")
+    (one / "00001.jpg").write_bytes((one / "00001.jpg").read_bytes()[:1000])
+
+
+def make_all_odd(one: Path) -> None:
+    for file in one.iterdir():
+        picture(0, (47, 32)).save(file)
+
+
+BAD_FRAMES = {
+    # what is wrong: (how the folder `one` comes to it, what is named beside the folder, what is said)
+    "no pictures": (remove_pictures, "", "it holds no pictures: expected .jpg, .jpeg, .png"),
+    "folders instead": (wrap_in_a_folder, "", "It holds folders itself"),
+    "text": (lambda one: (one / "00001.jpg").write_text("<html>"), "/00001.jpg", "cannot be read as a picture"),
+    "a cut-off file": (cut_off, "/00001.jpg", "cannot be read as a picture"),
+    "a broken png": (
+        lambda one: (one / "00003.png").write_bytes(b"\x89PNG\r\n\x1a\n" * 9),
+        "/00003.png",
+        "cannot be read as a picture",
+    ),
+    "two sizes": (
+        lambda one: picture(0, (50, 32)).save(one / "00002.jpg"),
+        "/00002.jpg",
+        "it has 50x32 pixels, and 00000.jpg has 48x32: expected one size",
+    ),
+    "odd sizes": (make_all_odd, "", "47x32, and H.264 with 4:2:0 colour needs an even width"),
+    "masks between": (lambda one: picture(0).save(one / "00001.png"), "", "00001.jpg and 00001.png have one name"),
+    "16 bits": (lambda one: picture(0, mode="I;16").save(one / "00003.png"), "/00003.png", "expected 8 bits a channel"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named", "said"), BAD_FRAMES.values(), ids=BAD_FRAMES)
+def test_frames_that_make_no_clip_are_one_clear_line_and_status_2(frames, tmp_path, spoil, named, said):
+    spoil(frames / "one")
+    (error,) = errors_of(ditflow("frames-to-clips", frames, tmp_path / "clips", status=2))
+    assert error.startswith(f"error: {frames / 'one'}{named}: ")
+    assert said in error
+    assert not (tmp_path / "clips" / "one.mp4").exists()
+
+
+def test_an_empty_folder_of_frames_is_said_before_any_clip_is_made(frames, tmp_path):
+    remove_pictures(frames / "two")
+    (error,) = errors_of(ditflow("frames-to-clips", frames, tmp_path / "clips", status=2))
+    assert str(frames / "two") in error
+    assert not (tmp_path / "clips").exists()
+
+
+def test_the_folder_of_one_clip_is_answered_with_the_folder_around_it(frames, tmp_path):
+    (error,) = errors_of(ditflow("frames-to-clips", frames / "one", tmp_path / "clips", status=2))
+    assert error.endswith(f"give the folder around it: {frames}")
+
+
+@pytest.mark.parametrize("name", ["none", "README.txt"])
+def test_a_folder_of_frames_that_is_none_is_one_clear_line(frames, tmp_path, name):
+    (error,) = errors_of(ditflow("frames-to-clips", frames / name, tmp_path / "clips", status=2))
+    assert str(frames / name) in error
+
+
+def test_frames_without_a_rate_are_refused(frames, tmp_path):
+    (error,) = errors_of(ditflow("frames-to-clips", frames, tmp_path / "clips", "--fps", 0, status=2))
+    assert "fps is 0" in error
 
 
 # ------------------------------------------------------------------------------------------------------- extract

@@ -444,6 +444,21 @@ def test_what_is_encoded_comes_back_nearly_unchanged():
     assert clip.fps == 10
 
 
+def test_a_lower_crf_comes_back_closer_and_is_written_with_the_default_unless_asked(tmp_path):
+    noise = rough(4)[..., :1].repeat(3, -1)  # grey, because subsampled colours are lost at any crf
+    best, fine, default = (psnr(read(encode_video(noise, 10, crf=crf), 4, 96, 128).frames, noise) for crf in (1, 4, 12))
+    assert best > fine > default
+    for name, options in {"a.mp4": {}, "b.mp4": {"crf": 4}}.items():
+        write_video(tmp_path / name, noise, 10, **options)
+        assert (tmp_path / name).read_bytes() == encode_video(noise, 10, crf=options.get("crf", 12))
+
+
+@pytest.mark.parametrize("crf", [-1, 0, 52])
+def test_a_crf_that_is_none_or_that_few_players_know_is_refused(crf):
+    with pytest.raises(VideoError, match=f"crf is {crf}, expected 1"):
+        encode_video(counting(2), 10, crf=crf)
+
+
 def test_saturated_colours_come_back_true():
     clip = read(encode_video(np.stack([quarters()] * 2), 10), 2)
     spots = clip.frames[1, [12, 12, 36, 36], [16, 48, 16, 48]]
