@@ -6,10 +6,11 @@ Exit status: 0 all rows ok; 3 the job finished but some rows failed; 2 the reque
 from __future__ import annotations
 
 import json
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
     from pipeline.job import Job
+    from pipeline.lease import Holder
     from pipeline.measurements import Task
     from pipeline.plan import Plan
 
@@ -53,11 +55,16 @@ StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as
 
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit status."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        screen.print("stopped. Run the same command again to go on where it stopped.")
-        sys.exit(130)
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM: the same as Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 @contextmanager
@@ -67,6 +74,7 @@ def expected_errors() -> Iterator[None]:
     from ditflow.backbones import ModelNotFoundError
     from jobs.spec import SpecError
     from pipeline.faults import TooManyFailuresError
+    from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.manifest import ManifestError
     from pipeline.plan import PlanError
     from pipeline.store import StoreError, StoreMissingError, redact
@@ -75,11 +83,15 @@ def expected_errors() -> Iterator[None]:
     files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        screen.print("stopped. Run the same command again to go on where it stopped.")
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from stop
     except wrong as error:
         _fail(redact(str(error)), WRONG_REQUEST)
     except files as error:
         _fail(redact(f"{error.filename}: {error.strerror}"), WRONG_REQUEST)
-    except (StoreError, ManifestError, TooManyFailuresError) as error:
+    except (StoreError, ManifestError, TooManyFailuresError, LeaseHeldError, LeaseLostError) as error:
         _fail(redact(str(error)), OTHER_ERROR)
 
 
@@ -251,19 +263,26 @@ def run(
 
 def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as_json: bool) -> bool:
     """Run one job; return whether all its rows are ok."""
-    from jobs.spec import load_spec
+    from jobs.spec import check_output, load_spec
+    from pipeline.run import sole_run
 
     spec = load_spec(path, overrides or ())
     if spec.job.kind == "evaluate":
         return _evaluate_job(spec.job, as_json)
-    planned = _plan_of(spec, retry)
-    _print_plan(spec, planned)
-    failed = sum(planned.counts.get(ended, 0) for ended in ("failed", "quarantined"))
-    if planned.todo:
-        failed += _run_rows(spec, planned, as_json)
+    check_output(spec.job)
+    with sole_run(spec.job, _tell_of_wait):
+        planned = _plan_of(spec, retry)
+        _print_plan(spec, planned)
+        failed = sum(planned.counts.get(ended, 0) for ended in ("failed", "quarantined"))
+        if planned.todo:
+            failed += _run_rows(spec, planned, as_json)
     if failed:
         screen.print(f"{failed} rows failed: ditflow manifest show {spec.job.output.uri} --status failed")
     return failed == 0
+
+
+def _tell_of_wait(holder: Holder) -> None:
+    screen.print(f"another run has left no word that it ended ({holder}): waiting to see whether it lives")
 
 
 def _run_rows(spec: ReadySpec, planned: Plan, as_json: bool) -> int:
@@ -350,6 +369,7 @@ def evaluate(
     tracker_weights: Annotated[Path | None, typer.Option(help="TorchScript file of CoTracker3.")] = None,
     variant: Annotated[str, typer.Option(help="Motion fidelity: symmetric or official.")] = "symmetric",
     clip: Annotated[Path | None, typer.Option(help="CLIP folder, for prompt_similarity and frame_consistency.")] = None,
+    device: Annotated[str, typer.Option(help="Where CLIP and CoTracker run: cpu, cuda.")] = "cpu",
     baseline: Annotated[str | None, typer.Option(help="Compare with this method (default: the plain model).")] = None,
     table: Annotated[list[Path] | None, typer.Option(help="Write the table: .csv, .tex, .json or .png.")] = None,
     storage: StorageOption = "{}",
@@ -374,6 +394,7 @@ def evaluate(
             tracker_weights=str(tracker_weights) if tracker_weights else None,
             variant=variant,  # type: ignore[arg-type]  # checked there
             clip=str(clip) if clip else None,
+            device=device,
         )
         store = _store(output, storage)
         job = Job("evaluate", "evaluate", Output(output), metrics=settings, storage_options=_options(storage))
@@ -411,6 +432,22 @@ def manifest_show(
             _emit(**{name: row[name] for name in shown})
         if not as_json:
             print_rows(shown, rows)
+
+
+@manifest_app.command("compact")
+def manifest_compact(
+    output: Annotated[str, typer.Argument(help="Output folder of a job at rest.")],
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge the manifest's small files into large ones, so that it is read fast. No row is lost or doubled."""
+    from pipeline.manifest import Manifest
+
+    with expected_errors():
+        merged = Manifest(_store(output, storage)).compact()
+    screen.print(f"{merged} files of single rows merged")
+    if as_json:
+        _emit(merged=merged)
 
 
 @manifest_app.command("verify")
@@ -509,6 +546,24 @@ def doctor(
             screen.print(f"{'ok  ' if finding['ok'] else 'FAIL'} {finding['what']}: {finding['found']}")
     if not all(finding["ok"] for finding in findings):
         raise typer.Exit(OTHER_ERROR)
+
+
+@app.command("frames-to-clips")
+def frames_to_clips(
+    frames_folder: Annotated[Path, typer.Argument(help="Folder with a folder of pictures for each clip.")],
+    out_folder: Annotated[Path, typer.Argument(help="Where the clips go, as mp4.")],
+    fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 24.0,
+) -> None:
+    """Make a video of every folder of pictures (jpg, png), named after it. Existing files are kept.
+
+    \b
+    ditflow frames-to-clips DAVIS/JPEGImages/480p outputs/paper-table/references
+    """
+    from jobs.clips import encode_frame_folders
+
+    with expected_errors():
+        for clip in encode_frame_folders(frames_folder, out_folder, fps):
+            screen.print(str(clip))
 
 
 @mini_app.command("clips")

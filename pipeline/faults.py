@@ -40,7 +40,7 @@ class Policy:
     `attempts` counts tries of a row in all; `worker_died_attempts` those that ended with their process, of
     which more are allowed because preempted machines are no fault of the row. Backoff in seconds. An attempt that
     takes longer than `row_deadline_s` is ended with its process. A run stops when more than `max_failed_fraction`
-    of the job's rows have failed.
+    of the job's rows have failed. A run that is not heard of for `lease_s` gives its output up to another.
 
     Raises ValueError for counts below 1 and for negative or contradicting times.
     """
@@ -51,6 +51,7 @@ class Policy:
     max_seconds: float = 20.0
     row_deadline_s: float = 3600.0
     max_failed_fraction: float = 1.0
+    lease_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("attempts", "worker_died_attempts"):
@@ -58,6 +59,8 @@ class Policy:
                 raise SettingsError(name, getattr(self, name), "at least 1 try")
         if not self.row_deadline_s > 0:
             raise SettingsError("row_deadline_s", self.row_deadline_s, "seconds above 0")
+        if not self.lease_s >= 1:
+            raise SettingsError("lease_s", self.lease_s, "at least 1 second")
         if not 0 <= self.max_failed_fraction <= 1:
             raise SettingsError("max_failed_fraction", self.max_failed_fraction, "0 to 1")
         if not 0 <= self.base_seconds <= self.max_seconds:
@@ -200,6 +203,14 @@ class Ledger:
         # "deadline" sorts behind every number.
         for key in sorted(self.store.list(f"{FOLDER}/{check_row_id(row_id)}"), key=_by_number, reverse=True):
             self.store.delete(key)
+
+    def forgive(self) -> None:
+        """Take back the latest try of every row that was begun and not ended: the run was stopped, not the row's fault.
+
+        For a job whose processes have ended.
+        """
+        for row_id in self.unfinished():
+            self.store.delete(self._keys(row_id)[-1])
 
     def expire(self, row_id: str) -> None:
         """Record that a try of the row is ended by its deadline, with its process."""

@@ -30,6 +30,8 @@ from pipeline.stages.read import Row, read_reference
 _READER_CPUS, _ACTOR_CPUS = 0.5, 0.25
 # On one GPU both pools live side by side: extraction is a small part of the work.
 _EXTRACT_GPU_SHARE, _GENERATE_GPU_SHARE = 0.2, 0.8
+# For metrics whose device is a GPU: CLIP and CoTracker leave room for another.
+_EVALUATE_GPU_SHARE = 0.5
 
 
 def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterator[Row]:
@@ -40,8 +42,9 @@ def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterato
 def evaluated_rows(job: Job, tasks: list[Task]) -> Iterator[Row]:
     """Measure finished rows; return each row's id, status, seconds and error as it is done."""
     rows = [{"made": json.dumps(task.row, default=str), "metrics": json.dumps(task.metrics)} for task in tasks]
+    gpu_share = 0.0 if job.metrics.device == "cpu" else _EVALUATE_GPU_SHARE
     measured = _one_row_blocks(rows).map(
-        EvaluateRow, fn_constructor_kwargs={"job": job}, **_actors(job.resources.evaluate, 0.0)
+        EvaluateRow, fn_constructor_kwargs={"job": job}, **_actors(job.resources.evaluate, gpu_share)
     )
     return _as_they_end(measured)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from pipeline.faults import TooManyFailuresError
+from pipeline.faults import Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
+from pipeline.lease import Holder, Lease
 from pipeline.manifest import Manifest
 from pipeline.measurements import Task
 from pipeline.plan import Plan
@@ -45,6 +48,24 @@ class Tally:
         setattr(self, status, getattr(self, status) + 1)
 
 
+@contextmanager
+def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
+    """Be the only run that works on the job's output, for the length of a `with` block.
+
+    A run that is stopped (Ctrl-C, SIGTERM) ends its workers first and takes back the tries of the rows in flight.
+    Raises LeaseHeldError, after a while of which `on_wait` is told, and LeaseLostError.
+    """
+    store = Store(job.output.uri, job.storage_options)
+    with Lease(store, job.faults.lease_s, on_wait) as lease:
+        try:
+            yield
+        except KeyboardInterrupt:
+            ray.shutdown()
+            lease.check()
+            Ledger(store).forgive()
+            raise
+
+
 def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
     if ray.is_initialized():
@@ -53,13 +74,23 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        with _own_sigterm():
+            ray.init(**quiet)
         return
     # Actors without a GPU must not lose sight of those that Ray does not manage; the core's own log has nothing to say.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _stderr_silenced():
+    with _stderr_silenced(), _own_sigterm():
         ray.init(include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this program's handler: Ray puts one of its own in its place, which aborts."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

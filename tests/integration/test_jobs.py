@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -111,7 +112,7 @@ def check_evaluation(folder: Path) -> None:
     metrics = ["--metric", "motion_fidelity", "--metric", "warp_error", "--metric", "world"]
     result = CliRunner().invoke(app, ["evaluate", str(folder / "out"), *metrics, *options, "--json"])
     assert result.exit_code == 0, result.output
-    assert "8 rows to measure" in result.stderr
+    assert re.search("8 rows of .*out to measure", result.stderr)
     compared = json.loads(result.stdout)
     assert compared["baseline"] == "plain"
     by_name = {(entry["variant"], entry["figure"]): entry for entry in compared["entries"]}
@@ -121,8 +122,23 @@ def check_evaluation(folder: Path) -> None:
     assert all(table.stat().st_size > 0 for table in tables)
     assert Manifest(Store(str(folder / "out"))).verify() == [], "measurements are no orphans"
     again = CliRunner().invoke(app, ["evaluate", str(folder / "out"), *metrics])
-    assert "0 rows to measure" in again.stderr
+    assert re.search("0 rows of .*out to measure", again.stderr)
     assert "zero-shot" in again.stdout
+    check_evaluation_job(folder)
+
+
+def check_evaluation_job(folder: Path) -> None:
+    """The same as a job of its own: planned, run, and nothing is left."""
+    metrics = {"names": ["motion_fidelity", "warp_error"], "tracker": "lucas-kanade"}
+    spec = write_spec(folder, kind="evaluate", metrics=metrics)
+    counts = []
+    for command in ("plan", "run", "plan"):
+        result = CliRunner().invoke(app, [command, str(spec), "--json"])
+        assert result.exit_code == 0, result.output
+        counts.append([json.loads(line) for line in result.stdout.splitlines()])
+    before, measured, after = counts
+    assert (before[0]["todo"], len(measured), after[0]["todo"]) == (8, 8, 0), "only the tracker's metric is missing"
+    assert {row["status"] for row in measured} == {"ok"}
 
 
 def test_extract_jobs_store_one_motion_per_reference(job_folder):

@@ -1,4 +1,4 @@
-"""A driver that is killed with SIGKILL in the middle of a job of twelve rows, and the same command again."""
+"""A driver that is killed or stopped in the middle of a job of twelve rows, and the same command again."""
 
 import os
 import signal
@@ -24,6 +24,12 @@ def start(spec: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def wait_for_rows(driver: subprocess.Popen, manifest: Manifest, count: int) -> None:
+    while len(manifest.statuses()) < count:
+        assert driver.poll() is None, driver.stderr.read().decode()
+        time.sleep(0.05)
+
+
 def outputs(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (folder / "videos").glob("*.mp4")}
 
@@ -35,9 +41,7 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path):
     manifest, ledger = Manifest(Store(str(out))), Ledger(Store(str(out)))
 
     driver = start(spec)
-    while len(manifest.statuses()) < ROWS // 3:
-        assert driver.poll() is None, driver.stderr.read().decode()
-        time.sleep(0.05)
+    wait_for_rows(driver, manifest, ROWS // 3)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(5)  # the cluster dies with its driver; a row in flight may still end before
@@ -68,3 +72,31 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path):
     third.communicate()
     assert third.returncode == 0
     assert outputs(out)[f"{repeated}.mp4"][1] == after[f"{repeated}.mp4"][1], "the same row has the same bytes"
+
+
+def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path):
+    render_clips(tmp_path / "references", count=1, seed=0)
+    spec = write_spec(tmp_path, seeds=list(range(ROWS)), sampling={"steps": 20}, faults={"lease_s": 3})
+    store = Store(str(tmp_path / "out"))
+    manifest = Manifest(store)
+
+    driver = start(spec)
+    wait_for_rows(driver, manifest, 1)
+    second = start(spec)
+    _, refusal = second.communicate()
+    assert (second.returncode, driver.poll()) == (1, None)
+    assert f"another run is working on this output (process {driver.pid} on " in " ".join(refusal.decode().split())
+
+    driver.send_signal(signal.SIGTERM)
+    _, message = driver.communicate()
+    assert driver.returncode == 128 + signal.SIGTERM
+    assert "Run the same command again to go on" in message.decode()
+    assert 1 <= len(manifest.statuses()) < ROWS
+    assert Ledger(store).unfinished() == {}, "no try is held against the row in flight"
+    assert store.list("lease") == []
+
+    again = start(spec)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors.decode()
+    assert {row["attempts"] for row in manifest.read().to_pylist()} == {1}
+    assert manifest.verify() == []
