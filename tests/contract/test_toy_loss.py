@@ -27,7 +27,8 @@ COMMANDS = """
 import json, sys
 from jobs.cli import app
 for arguments in json.loads(sys.argv[1]):
-    app(arguments, standalone_mode=False)
+    if status := app(arguments, standalone_mode=False):
+        sys.exit(status)
 """
 
 
