@@ -223,7 +223,7 @@ def plan(
     ditflow plan jobs/quickstart.yaml --set seeds=[1,2,3]
     """
     with expected_errors():
-        from jobs.spec import load_spec
+        from jobs.spec import check_output, load_spec
 
         spec = load_spec(job, set_ or ())
         if spec.job.kind == "evaluate":
@@ -231,6 +231,7 @@ def plan(
             if as_json:
                 _emit(name=spec.job.name, kind=spec.job.kind, todo=todo)
             return
+        check_output(spec.job)
         planned = _plan_of(spec, retry=())
         if as_json:
             _emit(name=spec.job.name, kind=spec.job.kind, rows=planned.total, **planned.counts)
@@ -313,10 +314,8 @@ def _shown_rows(job: str, rows: int, as_json: bool) -> Iterator[Callable[[dict[s
 
 
 def _plan_of(spec: ReadySpec, retry: tuple[str, ...]) -> Plan:
-    from jobs.spec import check_output
     from pipeline.plan import make_plan
 
-    check_output(spec.job)
     return make_plan(spec.job, spec.model.revision, retry)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,39 +142,49 @@ def compare(store: Store, settings: MetricSettings, baseline: str | None = None)
         raise ComparisonError(
             f"{store.uri}: no row is measured with these settings: expected a finished job with videos"
         )
-    names = _names(rows)
+    names, settings_of = _named(rows)
     plain = {names[row["row_id"]] for row in rows if row["method"] == "none"}
-    variants = sorted(set(names.values()))
+    variants = sorted(settings_of)
     if baseline is None:
         baseline = min(plain, default=variants[0])
     if baseline not in variants:
         raise ComparisonError(f"baseline: {baseline!r} is none of the job's methods: {', '.join(variants)}")
     figures = list(dict.fromkeys(figure for values in measured.values() for figure in values))
     classes = [None, *sorted({row["category"] for row in rows} - {None})]
+    pairs = {row["row_id"]: _pair(row) for row in rows}
     entries = []
     for category in classes:
-        table = _table((row for row in rows if category in (None, row["category"])), names, measured)
+        table: _Table = {}
+        for row in rows:
+            if category in (None, row["category"]):
+                row_id = row["row_id"]
+                table.setdefault(names[row_id], {})[pairs[row_id]] = measured[row_id]
         entries += [_entry(table, variant, category, figure, baseline) for variant in variants for figure in figures]
     found = tuple(entry for entry in entries if entry is not None)
-    return Comparison(baseline, found, {names[row["row_id"]]: _settings(row) for row in rows})
+    return Comparison(baseline, found, settings_of)
 
 
 Pair = tuple[Any, ...]
 _Table = dict[str, dict[Pair, Mapping[str, float | None]]]
+"""{method: {pair: figures}}"""
 
 
-def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return {row_id: name of its method}; where one name has had several settings, all but the first are numbered."""
-    known: dict[str, list[str]] = {}
-    names = {}
+def _named(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return {row_id: name of its method} and {name: settings}.
+
+    Where one name has had several settings, all but the first are numbered.
+    """
+    known: dict[str, list[dict[str, Any]]] = {}
+    names, settings_of = {}, {}
     for row in sorted(rows, key=lambda row: row["started_at"]):
-        variant, settings = row["variant"] or row["method"], json.dumps(_settings(row), sort_keys=True)
+        variant, settings = row["variant"] or row["method"], _settings(row)
         versions = known.setdefault(variant, [])
         if settings not in versions:
             versions.append(settings)
         number = versions.index(settings) + 1
-        names[row["row_id"]] = variant if number == 1 else f"{variant} ({number})"
-    return names
+        name = names[row["row_id"]] = variant if number == 1 else f"{variant} ({number})"
+        settings_of[name] = settings
+    return names, settings_of
 
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,16 +195,9 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "method": method, "video": video, "model_revision": row["model_revision"]}
 
 
-def _table(
-    rows: Iterable[Mapping[str, Any]], names: Mapping[str, str], measured: Mapping[str, Mapping[str, float | None]]
-) -> _Table:
-    """Return {method: {pair: figures}}."""
-    table: _Table = {}
-    for row in rows:
-        video = json.dumps(json.loads(row["spec_json"])["video"])
-        pair = (row["reference_sha256"] or row["bank_uri"], video, row["prompt"], row["seed"])
-        table.setdefault(names[row["row_id"]], {})[pair] = measured[row["row_id"]]
-    return table
+def _pair(row: Mapping[str, Any]) -> Pair:
+    video = json.dumps(json.loads(row["spec_json"])["video"])
+    return (row["reference_sha256"] or row["bank_uri"], video, row["prompt"], row["seed"])
 
 
 def _entry(table: _Table, variant: str, category: str | None, figure: str, baseline: str) -> Entry | None:

@@ -76,7 +76,6 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
 
 
 def _as_they_end(dataset: Dataset) -> Iterator[Row]:
-    DataContext.get_current().enable_progress_bars = False
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()
 
@@ -89,6 +88,7 @@ def _by_reference(todo: list[WorkRow]) -> list[Row]:
 
 
 def _one_row_blocks(rows: list[Row]) -> Dataset:
+    DataContext.get_current().enable_progress_bars = False  # a dataset keeps the context that it was made in
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 

@@ -79,7 +79,7 @@ class Manifest:
         """
         table = rows_to_table([make_row(**row)])
         row_id = str(row["row_id"])
-        if self.store.create(_key(row_id), _encode(table)):
+        if self.store.create(_key(row_id), parquet_bytes(table)):
             return table.to_pylist()[0]
         return self._winner(row_id)
 
@@ -147,7 +147,7 @@ class Manifest:
                 parts = left[start : start + rows_per_file]
                 table = pa.concat_tables(pool.map(self._load, parts))
                 name = sha256("".join(map(_row_id, parts)).encode()).hexdigest()[:24]
-                self.store.put(f"{FOLDER}/{MERGED}{name}.parquet", _encode_many(table))
+                self.store.put(f"{FOLDER}/{MERGED}{name}.parquet", parquet_bytes(table))
                 list(pool.map(self.store.delete, parts))
         return len(single)
 
@@ -235,7 +235,7 @@ class Manifest:
     def _drop(self, key: str, table: Any, row_ids: set[str]) -> None:
         kept = table.filter(pc.invert(pc.is_in(table["row_id"], pa.array(sorted(row_ids), pa.string()))))
         if kept.num_rows:
-            self.store.put(key, _encode(kept))
+            self.store.put(key, parquet_bytes(kept))
         else:
             self.store.delete(key)
 
@@ -304,16 +304,12 @@ def _row_id(key: str) -> str:
 # ------------------------------------------------------------------------------------------------- Parquet
 
 
-def _encode(table: Any) -> bytes:
+def parquet_bytes(table: Any) -> bytes:
+    """Return a table as the content of a Parquet file."""
     sink = pa.BufferOutputStream()
     # Dictionaries and statistics would double the size of a file with one row.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
-    return sink.getvalue().to_pybytes()
-
-
-def _encode_many(table: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    several = table.num_rows > 1
+    pq.write_table(table, sink, compression="zstd", use_dictionary=several, write_statistics=several)
     return sink.getvalue().to_pybytes()
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import MetricSettings
 from pipeline.job import content_id
-from pipeline.manifest import READ_THREADS, Manifest, is_video
+from pipeline.manifest import READ_THREADS, Manifest, is_video, parquet_bytes
 from pipeline.store import Store
 
 FOLDER = "metrics"
@@ -96,9 +96,8 @@ class Measurements:
             for figure in figures
         ]
         measured = content_id(settings=sorted({row["settings_id"] for row in rows}))
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-        self.store.put(f"{FOLDER}/{row_id}-{measured}.parquet", sink.getvalue().to_pybytes())
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        self.store.put(f"{FOLDER}/{row_id}-{measured}.parquet", parquet_bytes(table))
 
     def read(self) -> Any:
         """Return all measurements as a pyarrow Table of SCHEMA."""

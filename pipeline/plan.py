@@ -190,10 +190,11 @@ def _combinations(job: Job) -> Iterator[Combination]:
 def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
     """What the rows of a table say: see `pipeline.tables.Pair`."""
     pairs = read_pairs(job, table)
-    inputs = {source.uri: source for source in _hashed(job, {_absolute(job, pair.source) for pair in pairs})}
-    for pair in pairs:
-        source, seeds = inputs[_absolute(job, pair.source)], job.seeds if pair.seed is None else (pair.seed,)
-        yield from (Combination(source, pair.prompt, seed, pair.category, pair.own) for seed in seeds)
+    uris = [_absolute(job, pair.source) for pair in pairs]
+    inputs = {source.uri: source for source in _hashed(job, set(uris))}
+    for pair, uri in zip(pairs, uris, strict=True):
+        seeds = job.seeds if pair.seed is None else (pair.seed,)
+        yield from (Combination(inputs[uri], pair.prompt, seed, pair.category, pair.own) for seed in seeds)
 
 
 def _absolute(job: Job, name: str) -> str:
