@@ -4,8 +4,8 @@ One setting after the other is varied, the best value is kept, and the next one 
 temperature, learning rate, guided steps of latent guidance, then the learning rate of position guidance. The other
 losses get a block and a learning rate of their own, with DiTFlow's guided steps. The best is the highest mean track
 cosine among the values whose generations show what was asked for as often as plain ones do, less 5 points. Pairs are
-held-out ones that `benchmarks.mini` does not use. Figures go to benchmarks/results/mini-sweep.json; the values that won
-stand in `ditflow/mini/train.py`, in the models' folders, and in `jobs/mini-table.yaml`.
+held-out ones that `benchmarks.mini` does not use. Figures go to benchmarks/results/mini-sweep.json; the values that win
+belong in `ditflow/mini/train.py`, in the models' folders, and in `jobs/mini-table.yaml`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rotary": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
     "additive": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
 }
-"""What guides best, by `python -m benchmarks.mini_sweep`; every folder carries its own in `ditflow.json`."""
+"""How guidance is set, first guesses until `python -m benchmarks.mini_sweep` has run; `ditflow.json` of each folder."""
 
 
 class Training:
