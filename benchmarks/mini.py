@@ -9,6 +9,7 @@ with 95 % bootstrap intervals over clips. Figures go to benchmarks/results/mini.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -35,7 +36,7 @@ from ditflow.metrics.statistics import bootstrap_interval, paired_difference
 from ditflow.metrics.tracks import track
 from ditflow.mini.measure import Sighting, block_scores, flow_score, look_at, position_error, track_cosine
 from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, sample_scene, with_appearance_of
-from ditflow.settings import MethodSettings
+from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred
 
 MODELS = ("mini-rotary", "mini-additive")
@@ -109,11 +110,14 @@ def make(
     method: MethodSettings,
     seed: int,
     bank: MotionBank | None = None,
+    sampling: SamplingSettings | None = None,
 ) -> Transferred:
     """Generate the target's looks with the reference's motion, or with a bank's."""
     source = reference.frames if bank is None else bank
     size = reference.frames.shape[:3]
-    return transfer_motion(backbone, prompt_of(target), reference=source, size=size, method=method, seed=seed)
+    return transfer_motion(
+        backbone, prompt_of(target), reference=source, size=size, method=method, sampling=sampling, seed=seed
+    )
 
 
 def score_generation(made: Transferred, reference: WorldClip, target: Scene) -> Scores:
@@ -240,16 +244,17 @@ def guided_clip_seconds(model: str, rounds: int = 5) -> dict[str, Any]:
 
 def print_table(model: str, parts: Mapping[str, Any]) -> None:
     """Print the figures that matter, with their intervals."""
-    psnr = parts["reconstruction"]["psnr"]["dB"]
+    psnr = parts["reconstruction"]["rows"]["psnr"]["dB"]
     print(f"\n{model}\nreconstruction PSNR {_told(psnr)} dB")
     flow = ("sprite_error", "sprite_within", "ground_length (rest)", "ground_error (pan)")
-    print_rows(parts["flow"], flow)
+    print_rows(parts["flow"]["rows"], flow)
     print_rows(
-        parts["transfer"], ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
+        parts["transfer"]["rows"],
+        ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background"),
     )
-    for name, gain in parts["gain over plain"].items():
+    for name, gain in parts["transfer"]["gain over plain"].items():
         print(f"{name}: track cosine above plain generation by {_told(gain)}")
-    print(f"a guided clip takes {parts['guided clip seconds']['median']} s")
+    print(f"a guided clip takes {parts[SECONDS]['median']} s")
 
 
 def print_rows(rows: Mapping[str, Any], figures: Sequence[str]) -> None:
@@ -273,12 +278,12 @@ def draw_chart(models: Mapping[str, Any], path: Path) -> None:
     }
     for number, (model, parts) in enumerate(models.items()):
         offset = (number - (len(models) - 1) / 2) * 0.3
-        blocks = {name: row["sprite_error"] for name, row in parts["flow"].items()}
+        blocks = {name: row["sprite_error"] for name, row in parts["flow"]["rows"].items()}
         _draw_points(axes[0], blocks, offset, model)
         for panel, name in zip(axes[1:], titles, strict=False):
-            _draw_points(panel, {system: parts["transfer"][system][name] for system in SYSTEMS}, offset, model)
+            _draw_points(panel, {system: parts["transfer"]["rows"][system][name] for system in SYSTEMS}, offset, model)
         words = {
-            f"{word}, {system}": parts["transfer"][system][word]
+            f"{word}, {system}": parts["transfer"]["rows"][system][word]
             for word in ("colour", "shape", "background")
             for system in ("none", "latent")
         }
@@ -305,31 +310,52 @@ def _draw_points(axes: Axes, figures: Mapping[str, Mapping[str, float]], offset:
 # ---- the command
 
 
+SCORES = {"reconstruction": reconstruction_scores, "flow": flow_scores, "transfer": transfer_scores}
+SECONDS = "guided clip seconds"
+PARTS = (*SCORES, SECONDS)
+
+
 def main() -> None:
-    """Measure the models and write the results."""
+    """Measure the models and write the results, beside those of models and parts that are not measured again."""
     asked = _parser().parse_args()
-    models: dict[str, Any] = {}
+    for model in asked.models:
+        measured = measure(model, asked)
+        models = json.loads(asked.out.read_text())["models"] if asked.out.is_file() else {}
+        models[model] = {**models.get(model, {}), **measured}
+        write_json(asked.out, {"models": models})
+        if set(PARTS) <= set(models[model]):
+            print_table(model, models[model])
+        whole = {name: parts for name, parts in models.items() if set(PARTS) <= set(parts)}
+        draw_chart(whole, asked.out.with_suffix(".png"))
+
+
+def measure(model: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """Return what a model sees, draws and transfers, each part with the command that measured it."""
+    parts: dict[str, Any] = {}
+    about = {"command": command(), "machine": machine(), "clips": asked.clips}
     with start_workers(asked.workers) as pool:
         bench = Bench(asked.clips, pool)
-        for model in asked.models:
-            models[model] = {
-                "reconstruction": bench.measure(reconstruction_scores, model),
-                "flow": bench.measure(flow_scores, model),
-                "transfer": bench.measure(transfer_scores, model),
-            }
-    for model, parts in models.items():
-        parts["gain over plain"] = gain_over_plain(parts["transfer"])
-        parts["guided clip seconds"] = guided_clip_seconds(model)
-        print_table(model, parts)
-    about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
-    write_json(asked.out, {**about, "clips": asked.clips, "models": models})
-    draw_chart(models, asked.out.with_suffix(".png"))
+        for name, score in SCORES.items():
+            if name in asked.parts:
+                parts[name] = {**about, "measured": _now(), "rows": bench.measure(score, model)}
+    if "transfer" in parts:
+        parts["transfer"]["gain over plain"] = gain_over_plain(parts["transfer"]["rows"])
+    if SECONDS in asked.parts:
+        parts[SECONDS] = {**about, "measured": _now(), **guided_clip_seconds(model)}
+    return parts
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mini", description=__doc__.split("\n\n")[0])
     parser.add_argument("--clips", type=int, default=64, help="held-out clips, and pairs of them")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="embedded models or model folders")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS / "mini.json")
     return parser

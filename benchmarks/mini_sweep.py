@@ -1,9 +1,10 @@
 """The guidance settings of the embedded models: `python -m benchmarks.mini_sweep`.
 
-One setting after the other is varied, the best value is kept, and the next one is varied from there: block,
-temperature, learning rate, guided steps of latent guidance, then the learning rate of position guidance. The other
-losses get a block and a learning rate of their own, with DiTFlow's guided steps. The best is the highest mean track
-cosine among the values whose generations show what was asked for as often as plain ones do, less 5 points. Pairs are
+One setting after the other is varied, the best value is kept, and the next one is varied from there: the scale of
+classifier-free guidance of plain generations, then block, temperature, learning rate, guided steps of latent guidance,
+then the learning rate of position guidance. The other losses get a block and a learning rate of their own, with
+DiTFlow's guided steps. The best scale is that whose generations show best what was asked for; else the best is the
+highest mean track cosine among the values that keep this, less 5 points. Pairs are
 held-out ones that `benchmarks.mini` does not use. Figures go to benchmarks/results/mini-sweep.json; the values that win
 belong in `ditflow/mini/train.py`, in the models' folders, and in `jobs/mini-table.yaml`.
 """
@@ -11,6 +12,7 @@ belong in `ditflow/mini/train.py`, in the models' folders, and in `jobs/mini-tab
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,12 +23,15 @@ from typing import Any
 from benchmarks.bench import RESULTS, command, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, make, score_generation, start_workers, summary
 from ditflow.mini.world import render, sample_pair
-from ditflow.settings import MethodSettings
+from ditflow.settings import MethodSettings, SamplingSettings
 
 FIRST_SEED = 2000
+PLAIN_CLIPS = 3
+"""Times as many clips for the scale of classifier-free guidance: what they show is a matter of yes and no."""
 LARGEST_LOSS_OF_WORDS = 0.05
 PLAIN = MethodSettings(name="none")
 START = MethodSettings(blocks=(3,), temperature=2.0, learning_rate=(0.02, 0.01), guided_steps=10)
+GUIDANCE_SCALES = (5.0, 7.0, 9.0, 12.0)
 VARIED: dict[str, Sequence[Any]] = {
     "blocks": [(2,), (3,), (4,), (5,), (3, 4)],
     "temperature": [1.0, 2.0, 4.0],
@@ -37,56 +42,76 @@ POSITION_RATES = [(0.002, 0.001), (0.01, 0.005), (0.04, 0.02), (0.1, 0.05)]
 OTHERS = ("motionclone", "moft", "smm")
 
 
-def settings_scores(model: str, method: MethodSettings, seed: int) -> dict[str, Scores]:
+def settings_scores(model: str, method: MethodSettings, sampling: SamplingSettings, seed: int) -> dict[str, Scores]:
     """Score one setting on one pair."""
     backbone = load(model)
     reference, target = sample_pair(seed, "eval", sprites=1)
     clip = render(reference)
-    return {"": score_generation(make(backbone, clip, target, method, seed), clip, target)}
+    made = make(backbone, clip, target, method, seed, sampling=sampling)
+    return {"": score_generation(made, clip, target)}
 
 
-def sweep(model: str, bench: Bench, others: Sequence[str]) -> dict[str, Any]:
+class Sweep:
+    """The sweep of one model: everything that was tried, each setting once."""
+
+    def __init__(self, model: str, bench: Bench):
+        self._model, self._bench = model, bench
+        self._sampling, self._floor = SamplingSettings(), 0.0
+        self._scores: dict[MethodSettings, dict[str, Any]] = {}
+        self.trials: list[dict[str, Any]] = []
+
+    def choose_guidance_scale(self, values: Sequence[float]) -> float:
+        """Keep the scale with which plain generations show best what was asked for; they set what the others keep."""
+        kept = {}
+        for value in values:
+            self._sampling = SamplingSettings(guidance_scale=value)
+            seeds = range(FIRST_SEED, FIRST_SEED + PLAIN_CLIPS * self._bench.clips)
+            scores = self._measure(PLAIN, seeds, f"plain, guidance_scale {value}")
+            self.trials.append({"method": "none", "varied": "guidance_scale", "guidance_scale": value, **scores})
+            kept[value] = words_kept(scores)
+        best = max(kept, key=lambda value: kept[value])
+        self._sampling, self._floor = SamplingSettings(guidance_scale=best), kept[best] - LARGEST_LOSS_OF_WORDS
+        return best
+
+    def vary(self, start: MethodSettings, name: str, values: Sequence[Any]) -> MethodSettings:
+        """Try the values of one setting and return the settings with the best one."""
+        settings = [replace(start, **{name: value}) for value in values]
+        worth = []
+        for setting, value in zip(settings, values, strict=True):
+            scores = self._tried(setting, f"{setting.name} {setting.optimize}, {name} {value}")
+            tried = {"method": setting.name, "optimize": setting.optimize, "varied": name, name: value}
+            self.trials.append({**tried, **scores})
+            worth.append(scores["track_cosine"]["mean"] if words_kept(scores) >= self._floor else -1.0)
+        return settings[worth.index(max(worth))]
+
+    def _tried(self, method: MethodSettings, label: str) -> dict[str, Any]:
+        if method not in self._scores:
+            seeds = range(FIRST_SEED, FIRST_SEED + self._bench.clips)
+            self._scores[method] = self._measure(method, seeds, label)
+        return self._scores[method]
+
+    def _measure(self, method: MethodSettings, seeds: Sequence[int], label: str) -> dict[str, Any]:
+        score = partial(settings_scores, self._model, method, self._sampling)
+        scores = summary(self._bench.scores(score, seeds, f"{self._model}: {label}"))[""]
+        print(f"  track cosine {scores['track_cosine']['mean']:.3f}, words kept {words_kept(scores):.3f}", flush=True)
+        return scores
+
+
+def sweep(model: str, bench: Bench, losses: Sequence[str]) -> dict[str, Any]:
     """Return everything that was tried, and what won."""
-    plain = _tried(model, bench, PLAIN, "plain")
-    vary = partial(_vary, model, bench, words_kept(plain) - LARGEST_LOSS_OF_WORDS)
-    latent, trials = START, []
+    trials = Sweep(model, bench)
+    scale = trials.choose_guidance_scale(GUIDANCE_SCALES)
+    latent = START
     for name, values in VARIED.items():
-        latent, tried = vary(latent, name, values)
-        trials += tried
-    position, tried = vary(replace(latent, optimize="position"), "learning_rate", POSITION_RATES)
-    trials += tried
-    best = {"latent": latent, "position": position}
-    for other in others:
-        settings = replace(latent, name=other)
+        latent = trials.vary(latent, name, values)
+    best = {"latent": latent}
+    best["position"] = trials.vary(replace(latent, optimize="position"), "learning_rate", POSITION_RATES)
+    for other in losses:
+        best[other] = replace(latent, name=other)
         for name in ("blocks", "learning_rate"):
-            settings, tried = vary(settings, name, VARIED[name])
-            trials += tried
-        best[other] = settings
-    return {
-        "plain": plain,
-        "trials": trials,
-        "best": {what: {name: getattr(settings, name) for name in VARIED} for what, settings in best.items()},
-    }
-
-
-def _vary(
-    model: str, bench: Bench, floor: float, start: MethodSettings, name: str, values: Sequence[Any]
-) -> tuple[MethodSettings, list[dict[str, Any]]]:
-    """Try the values of one setting; return the settings with the best one, and all trials."""
-    settings = [replace(start, **{name: value}) for value in values]
-    trials = []
-    for setting, value in zip(settings, values, strict=True):
-        scores = _tried(model, bench, setting, f"{setting.name} {setting.optimize}, {name} {value}")
-        trials.append({"method": setting.name, "optimize": setting.optimize, "varied": name, name: value, **scores})
-    worth = [trial["track_cosine"]["mean"] if words_kept(trial) >= floor else -1.0 for trial in trials]
-    return settings[worth.index(max(worth))], trials
-
-
-def _tried(model: str, bench: Bench, method: MethodSettings, label: str) -> dict[str, Any]:
-    seeds = range(FIRST_SEED, FIRST_SEED + bench.clips)
-    scores = summary(bench.scores(partial(settings_scores, model, method), seeds, f"{model}: {label}"))[""]
-    print(f"  track cosine {scores['track_cosine']['mean']:.3f}, words kept {words_kept(scores):.3f}", flush=True)
-    return scores
+            best[other] = trials.vary(best[other], name, VARIED[name])
+    won = {what: {name: getattr(settings, name) for name in VARIED} for what, settings in best.items()}
+    return {"trials": trials.trials, "best": {"guidance_scale": scale, **won}}
 
 
 def words_kept(scores: dict[str, Any]) -> float:
@@ -95,15 +120,17 @@ def words_kept(scores: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Sweep the models and write the results."""
+    """Sweep the models and write the results, beside those of models that are not swept again."""
     asked = _parser().parse_args()
     with start_workers(asked.workers) as pool:
-        models = {model: sweep(model, Bench(asked.clips, pool), asked.others) for model in asked.models}
-    about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
-    write_json(asked.out, {**about, "first seed": FIRST_SEED, "clips": asked.clips, "models": models})
-    for model, result in models.items():
-        for what, settings in result["best"].items():
-            print(model, what, settings)
+        for model in asked.models:
+            result = sweep(model, Bench(asked.clips, pool), asked.others)
+            about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+            others = json.loads(asked.out.read_text())["models"] if asked.out.is_file() else {}
+            swept = {**about, "machine": machine(), "clips": asked.clips, **result}
+            write_json(asked.out, {"first seed": FIRST_SEED, "models": {**others, model: swept}})
+            for what, settings in result["best"].items():
+                print(model, what, settings)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,13 +30,17 @@ def _require(ok: bool, key: str, came: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What works best on one model; a model folder may carry its own in `ditflow.json`."""
+    """What works best on one model; a model folder may carry its own in `ditflow.json`.
+
+    position_learning_rate: of methods that optimise the position embedding (None: the same as of latents).
+    """
 
     blocks: tuple[int, ...]
     temperature: float = 2.0
     guided_steps: int | float = 10
     iterations: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
+    position_learning_rate: tuple[float, float] | None = None
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
@@ -122,6 +126,8 @@ class MethodSettings:
 
     def resolve(self, defaults: ModelDefaults) -> MethodSettings:
         """Fill every None with the model's default."""
+        if self.optimize == "position" and defaults.position_learning_rate is not None:
+            defaults = replace(defaults, learning_rate=defaults.position_learning_rate)
         names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
         return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
 

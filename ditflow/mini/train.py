@@ -96,16 +96,28 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=2800, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "rotary": Recipe(steps=11500, batch=16, learning_rate=4e-3, images=24),
-    "additive": Recipe(steps=11500, batch=16, learning_rate=4e-3, images=24),
+    "rotary": Recipe(steps=15000, batch=16, learning_rate=4e-3, images=24),
+    "additive": Recipe(steps=13500, batch=16, learning_rate=4e-3, images=24),
 }
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "rotary": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
-    "additive": {"blocks": [3], "learning_rate": [0.02, 0.01], "steps": 25},
+    "rotary": {
+        "blocks": [3, 4],
+        "learning_rate": [0.08, 0.04],
+        "position_learning_rate": [0.002, 0.001],
+        "steps": 25,
+        "guidance_scale": 5.0,
+    },
+    "additive": {
+        "blocks": [3],
+        "learning_rate": [0.02, 0.01],
+        "position_learning_rate": [0.01, 0.005],
+        "steps": 25,
+        "guidance_scale": 5.0,
+    },
 }
-"""How guidance is set, first guesses until `python -m benchmarks.mini_sweep` has run; `ditflow.json` of each folder."""
+"""What `python -m benchmarks.mini_sweep` found best on the shipped weights; `ditflow.json` of each folder."""
 
 
 class Training:

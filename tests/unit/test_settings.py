@@ -119,6 +119,14 @@ def test_guided_steps_beyond_or_between_the_steps_are_refused_with_both_keys(gui
         replace(PAPER, guided_steps=guided_steps).count_guided_steps(steps)
 
 
+def test_a_model_may_have_a_learning_rate_of_its_own_for_positions():
+    own = replace(DEFAULTS, learning_rate=(0.02, 0.01), position_learning_rate=(0.3, 0.1))
+    for optimize, rate in (("latent", (0.02, 0.01)), ("position", (0.3, 0.1))):
+        assert MethodSettings(optimize=optimize).resolve(own).learning_rate == rate
+        assert MethodSettings(optimize=optimize, learning_rate=(1.0, 0.5)).resolve(own).learning_rate == (1.0, 0.5)
+    assert MethodSettings(optimize="position").resolve(DEFAULTS).learning_rate == DEFAULTS.learning_rate
+
+
 def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
     own = MethodSettings()
