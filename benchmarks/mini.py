@@ -198,11 +198,15 @@ def start_workers(count: int) -> ProcessPoolExecutor:
 def summary(clips: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]:
     """Turn one mapping {system: {figure: value}} per clip into {system: {figure: mean, interval and values}}."""
     systems = _in_order(name for clip in clips for name in clip)
-    return {
-        system: {figure: _figure([clip[system].get(figure, math.nan) for clip in clips]) for figure in figures}
-        for system in systems
-        for figures in [_in_order(name for clip in clips for name in clip[system])]
+    return {system: _figures([clip[system] for clip in clips]) for system in systems}
+
+
+def _figures(clips: Sequence[Scores]) -> dict[str, Any]:
+    """Sum up every figure that at least one clip has."""
+    columns = {
+        name: [clip.get(name, math.nan) for clip in clips] for name in _in_order(n for clip in clips for n in clip)
     }
+    return {name: _figure(values) for name, values in columns.items() if not all(map(math.isnan, values))}
 
 
 def _figure(values: Sequence[float]) -> dict[str, Any]:
@@ -289,7 +293,7 @@ def draw_chart(models: Mapping[str, Any], path: Path) -> None:
         }
         _draw_points(axes[3], words, offset, model)
     axes[0].set_title("flow error on sprites, in patches (less is better)", fontsize=10)
-    for panel, title in zip(axes[1:], (*titles.values(), "generations that show what was asked for"), strict=True):
+    for panel, title in zip(axes[1:], (*titles.values(), "shows what was asked for"), strict=True):
         panel.set_title(title, fontsize=10)
     axes[1].axvline(0, color="0.6", linewidth=0.8)
     axes[1].legend(fontsize=8)
