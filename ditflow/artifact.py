@@ -10,6 +10,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 _HEADER = "ditflow"
+MOST_HEADER_BYTES = 8 * 1024**2
+"""A real header has some kilobytes; one of 100 megabytes, which safetensors allows, takes gigabytes to understand."""
 
 
 class ArtifactError(ValueError):
@@ -25,19 +27,35 @@ def write_artifact(kind: str, version: int, header: dict[str, Any], tensors: dic
 
 def read_artifact(kind: str, version: int, data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read header and tensors; ArtifactError if `data` is no `kind` of this or an older format."""
+    length = int.from_bytes(data[:8], "little")
+    if MOST_HEADER_BYTES < length <= len(data):
+        raise ArtifactError(f"{name} has a header of {length} bytes, expected at most {MOST_HEADER_BYTES}: not ours")
     try:
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{name} is not a safetensors file ({error}). It is damaged, cut off, or of another format; pickles are "
             "never read."
         ) from error
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_HEADER, "{}"))
+    header = _our_header(data[8 : 8 + length], name)
     if header.get("kind") != kind:
-        raise ArtifactError(f"{name} is no {kind}: it is {header.get('kind', 'a safetensors file of other origin')}")
-    if header["format"] > version:
-        raise ArtifactError(
-            f"{name} has {kind} format {header['format']}; this version reads up to {version}: upgrade ditflow"
-        )
+        came = header.get("kind", "a safetensors file of other origin")
+        raise ArtifactError(f"{name} is no {kind}: it is {came!s:.100}")
+    written = header.get("format")
+    if not isinstance(written, int):
+        raise ArtifactError(f"{name} has the {kind} format {written!r:.100}, expected a number: it is damaged")
+    if written > version:
+        raise ArtifactError(f"{name} has {kind} format {written}; this version reads up to {version}: upgrade ditflow")
     return header, tensors
+
+
+def _our_header(text: bytes, name: str) -> dict[str, Any]:
+    """Return our header in that of a safetensors file; empty in one of other origin."""
+    try:
+        metadata = json.loads(text).get("__metadata__") or {}
+        header = json.loads(metadata.get(_HEADER, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name} has a header that is no JSON ({error}): it is damaged") from error
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{name} has a header that is no JSON object but {header!r:.100}: it is damaged")
+    return header

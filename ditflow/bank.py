@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,8 +79,8 @@ class MotionBank:
         positions: list[PositionEmbedding] = [{} for _ in header.timesteps]
         for key, tensor in tensors.items():
             if key != "latents":
-                _, step, part = key.split(".", 2)
-                positions[int(step)][part] = tensor
+                step, part = _step_and_part(key, len(positions), name)
+                positions[step][part] = tensor
         return cls(header, tuple(positions), tensors.get("latents"))
 
     @classmethod
@@ -87,8 +89,23 @@ class MotionBank:
         return cls.from_bytes(data, name).header
 
 
+def _step_and_part(key: str, steps: int, name: str) -> tuple[int, str]:
+    """Return the guided step and the part of a position embedding that a tensor's name tells."""
+    match = re.fullmatch(r"step\.(\d{1,4})\.(\w+)", key, re.ASCII)
+    if match is None or int(match[1]) >= steps:
+        raise ArtifactError(
+            f"{name} has a tensor {key!r:.100}, expected latents or step.S.PART with S below {steps}: it is damaged"
+        )
+    return int(match[1]), match[2]
+
+
 def _header(values: dict[str, Any], name: str) -> BankHeader:
     fields = {key: value for key, value in values.items() if key not in ("kind", "format")}
+    for key, (expected, fits) in _FITS.items():
+        if key in fields and not fits(fields[key]):
+            raise ArtifactError(
+                f"{name} has a motion bank header with {key} {fields[key]!r:.100}: expected {expected}. It is damaged"
+            )
     try:
         # JSON has no tuples.
         tuples = {key: tuple(fields[key]) for key in ("grid", "timesteps")}
@@ -96,3 +113,49 @@ def _header(values: dict[str, Any], name: str) -> BankHeader:
         return BankHeader(**{**fields, **tuples, "losses": losses})
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"{name} has an incomplete or unknown motion bank header: {error}") from error
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int) and value > 0
+
+
+def _is_list(value: Any, of: Callable[[Any], bool], most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(map(of, value))
+
+
+def _is_size(value: Any) -> bool:
+    return _is_list(value, _is_count, 3) and len(value) == 3
+
+
+def _is_provenance(value: Any) -> bool:
+    """Empty in a bank that no job made."""
+    if not isinstance(value, dict):
+        return False
+    return _is_size(value.get("size", [1, 1, 1])) and (value.get("fps") is None or _is_number(value["fps"]))
+
+
+_MOST_STEPS = 1000
+"""Of a schedule, and so of a bank: see `SamplingSettings`."""
+_MOST_LOSSES = 1_000_000
+_FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a text", _is_text),
+    "model_revision": ("a text", _is_text),
+    "grid": ("three counts", _is_size),
+    "steps": (f"a count up to {_MOST_STEPS}", lambda value: _is_count(value) and value <= _MOST_STEPS),
+    "timesteps": (f"up to {_MOST_STEPS} numbers", lambda value: _is_list(value, _is_number, _MOST_STEPS)),
+    "method": ("a mapping", lambda value: isinstance(value, dict)),
+    "prompt": ("a text", _is_text),
+    "losses": (
+        "a list of numbers for every step",
+        lambda value: _is_list(value, lambda step: _is_list(step, _is_number, _MOST_LOSSES) and step, _MOST_STEPS),
+    ),
+    "provenance": ("a mapping with the size of the video, three counts", _is_provenance),
+}

@@ -23,7 +23,8 @@ from typing import Any, Literal, NoReturn
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.sidedata.sidedata import SideDataContainer
+from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
@@ -43,6 +44,18 @@ _SCALER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.A
 and may round otherwise on another processor."""
 _BT709 = 1
 _LIMITED_RANGE = 1
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,dv,gif,apng,yuv4mpegpipe,h264,hevc,m4v,mjpeg,ivf,obu,"
+    "wav,mp3,flac,aac"
+)
+"""Containers that are opened; sound alone is among them so that it can be told from nonsense. FFmpeg knows hundreds
+more, and some of these do more than to be read: an SDP text, whatever its name, opens a network port, and waits."""
+_NO_PROTOCOL = "none"
+_MOST_STREAMS = 100
+"""Each stream of a file costs a decoder and its buffers while the file is opened."""
+_MOST_BOXES = 1000
+_RATES = (1e-3, 1e4)
+"""Frames per second that a video can have: from one in a quarter of an hour to a high-speed camera's."""
 
 
 class VideoError(ValueError):
@@ -62,7 +75,7 @@ class TooShortVideoError(VideoError):
 
 
 class OversizedVideoError(VideoError):
-    """The video's frames have more pixels than the caller accepts."""
+    """The video's frames have more pixels than the caller accepts, or reading it takes more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +118,12 @@ def read_video(
     syntax. Changed bytes inside a picture can decode to plausible wrong pixels, since most codecs carry no checksum.
 
     `source` is a local path (never a URL), or the file's bytes, which errors then call `name`. Only one unscaled
-    picture is held at a time, and decoding stops with the last wanted frame.
+    picture is held at a time, and decoding stops with the last wanted frame: a video of a million frames costs no more
+    than a short one. The memory that its index may take is for the caller to bound: `pipeline.stages.read` does.
 
     Raises UndecodableVideoError (no video in it), CorruptVideoError (damaged before the last wanted frame),
-    TooShortVideoError, OversizedVideoError (above `max_pixels_per_frame`), VideoError (a request that makes no
-    sense), and OSError if the file cannot be opened.
+    TooShortVideoError, OversizedVideoError (above `max_pixels_per_frame`, or more than the memory that this process
+    may use), VideoError (a request that makes no sense), and OSError if the file cannot be opened.
     """
     _check_request(frames, height, width, start, stride, fit)
     with _opened(source, max_pixels_per_frame, name) as video:
@@ -178,6 +192,7 @@ class _Video:
         self._stream = _video_stream(name, container)
         self._check_size(self._stream.codec_context)
         self._stream.codec_context.options = {"err_detect": _STRICT, "max_pixels": str(max_pixels)}
+        self._reformatter = VideoReformatter()
 
     @property
     def fps(self) -> float:
@@ -187,6 +202,12 @@ class _Video:
             raise UndecodableVideoError(
                 f"{self.name}: its {self._stream.codec_context.name} stream states no frame rate and its frames no "
                 "times. Convert it to mp4 with a known rate (ffmpeg -r RATE -i IN OUT.mp4)."
+            )
+        least, most = _RATES
+        if not least <= rate <= most:
+            raise UndecodableVideoError(
+                f"{self.name}: its header speaks of {float(rate):g} frames per second, expected {least:g} to {most:g}. "
+                "Most likely the header is damaged. Write it anew with the true rate (ffmpeg -r RATE -i IN OUT.mp4)."
             )
         return float(rate)
 
@@ -207,7 +228,7 @@ class _Video:
                 for frame in self._decode_packet(packet):
                     self.decoded += 1
                     yield frame
-        except VideoError:  # a ValueError too, and said already
+        except (VideoError, MemoryError):  # a ValueError too, and said already; no fault of this frame
             raise
         except _FILE_ERRORS as error:
             _let_pass_if_storage_failed(error)
@@ -232,8 +253,22 @@ class _Video:
         if sized.width * sized.height > self._max_pixels:
             raise OversizedVideoError(
                 f"{self.name}: its frames have {sized.width}x{sized.height} pixels, more than the accepted "
-                f"{self._max_pixels}. Scale it down first, or raise max_pixels_per_frame if the memory is there."
+                f"{self._max_pixels}. Scale it down first, or raise the limit (in a job's spec references.max_pixels, "
+                "elsewhere max_pixels_per_frame) if the memory is there."
             )
+
+    def to_rgb(self, frame: Any) -> Picture:
+        """The frame's picture as it is coded: not turned, not scaled."""
+        # One converter for all frames, since each holds threads of its own.
+        try:
+            rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=int(_SCALER))
+            return rgb.to_ndarray()
+        except MemoryError:
+            raise
+        except _FILE_ERRORS as error:
+            raise UndecodableVideoError(
+                f"{self.name}: its {frame.format.name} pictures cannot be turned into RGB ({error}). Convert to H.264."
+            ) from error
 
     def _raise_damaged(self, what: str, cause: Exception | None = None) -> NoReturn:
         raise CorruptVideoError(
@@ -261,17 +296,37 @@ def _let_pass_if_storage_failed(error: Exception) -> None:
 def _opened(source: str | Path | bytes, max_pixels: int, name: str | None = None) -> Iterator[_Video]:
     name = name or (f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source))
     # Opened by us and not by FFmpeg: a path can then never be taken for a URL, a device or a numbered sequence.
-    with _file(source) as file, _container(name, file) as container:
-        yield _Video(name, container, max_pixels)
+    try:
+        with _file(source) as file, _container(name, file, max_pixels) as container:
+            yield _Video(name, container, max_pixels)
+    except MemoryError:
+        # Without a cause: the file costs this on every try, so it is no passing lack of memory.
+        raise OversizedVideoError(
+            f"{name}: reading it takes more memory than the reader may use. Its frames are large and kept in numbers, "
+            f"its index speaks of millions of frames, or it has more than {_MOST_STREAMS} streams. Re-encode the part "
+            "that is used, or raise the limit (references.max_memory_bytes in a job's spec)."
+        ) from None
 
 
 def _file(source: str | Path | bytes) -> io.BufferedIOBase:
     return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
 
 
-def _container(name: str, file: io.BufferedIOBase) -> Any:
+def _container(name: str, file: io.BufferedIOBase, max_pixels: int) -> Any:
+    container = {"format_whitelist": _FORMATS, "protocol_whitelist": _NO_PROTOCOL, "max_streams": str(_MOST_STREAMS)}
+    # FFmpeg decodes a frame of every stream to find out its size, with as many pixels as it has.
+    streams = {"max_pixels": str(max_pixels)}
     try:
-        return av.open(file, "r", io_open=_refuse_references, metadata_errors="replace")
+        return av.open(
+            file,
+            "r",
+            options=streams,
+            container_options=container,
+            io_open=_refuse_references,
+            metadata_errors="replace",
+        )
+    except MemoryError:
+        raise
     except _FILE_ERRORS as error:
         _let_pass_if_storage_failed(error)
         raise UndecodableVideoError(
@@ -309,6 +364,8 @@ def _probable_cause(file: io.BufferedIOBase) -> str:
     if not head:
         return "it is empty (0 bytes), as an interrupted download leaves it"
     boxes = _top_level_boxes(file)
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")):
+        return "it is a still picture"
     if b"ftyp" in boxes and b"moov" not in boxes:
         return "its mp4 index (moov) is missing: the file was cut off, or its writer never finished"
     if b"ftyp" in boxes or head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
@@ -322,7 +379,9 @@ def _top_level_boxes(file: io.BufferedIOBase) -> set[bytes]:
     """Names of the outermost boxes of an mp4 or mov file; nonsense, but no error, for other files."""
     names: set[bytes] = set()
     end, offset = file.seek(0, io.SEEK_END), 0
-    while offset + 16 <= end:
+    for _ in range(_MOST_BOXES):
+        if offset + 16 > end:
+            break
         file.seek(offset)
         size, name, long_size = struct.unpack(">I4sQ", file.read(16))
         size = long_size if size == 1 else size
@@ -336,7 +395,7 @@ def _top_level_boxes(file: io.BufferedIOBase) -> set[bytes]:
 def _fitted(video: _Video, frame: Any, height: int, width: int, fit: str) -> Picture:
     """One frame as upright uint8 [height, width, 3]."""
     swap, flip_rows, flip_columns = _orientation(video.name, frame)
-    picture = frame.to_ndarray(format="rgb24", interpolation=int(_SCALER))
+    picture = video.to_rgb(frame)
     picture = picture.transpose(1, 0, 2) if swap else picture
     picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     if fit == "crop":
@@ -351,7 +410,8 @@ def _orientation(name: str, frame: Any) -> tuple[bool, bool, bool]:
     The display matrix sends a coded point (x, y) to (a x + c y, b x + d y), y pointing down. `frame.rotation` is not
     enough: it calls a mirrored picture a rotated one.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not frame.side_data, which the frame keeps: each would hold the other, and no frame's memory would be let go.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # its stub has no constructor
     if matrix is None:
         return False, False, False
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jobs.spec import ReadySpec
     from pipeline.job import Job
     from pipeline.lease import Holder
+    from pipeline.manifest import Manifest
     from pipeline.measurements import Task
     from pipeline.plan import Plan
 
@@ -73,7 +74,7 @@ def expected_errors() -> Iterator[None]:
     from ditflow.artifact import ArtifactError
     from ditflow.backbones import ModelNotFoundError
     from jobs.spec import SpecError
-    from pipeline.faults import TooManyFailuresError
+    from pipeline.faults import JobStoppedError
     from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.manifest import ManifestError
     from pipeline.plan import PlanError
@@ -91,7 +92,7 @@ def expected_errors() -> Iterator[None]:
         _fail(redact(str(error)), WRONG_REQUEST)
     except files as error:
         _fail(redact(f"{error.filename}: {error.strerror}"), WRONG_REQUEST)
-    except (StoreError, ManifestError, TooManyFailuresError, LeaseHeldError, LeaseLostError) as error:
+    except (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError) as error:
         _fail(redact(str(error)), OTHER_ERROR)
 
 
@@ -332,9 +333,8 @@ def _evaluate_job(job: Job, as_json: bool) -> bool:
 def _to_measure(job: Job) -> list[Task]:
     """Return, and say, what of a finished job is not measured yet."""
     from pipeline.measurements import Measurements
-    from pipeline.store import Store
 
-    tasks = Measurements(Store(job.output.uri, job.storage_options)).todo(job.metrics)
+    tasks = Measurements(job.store()).todo(job.metrics)
     screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
     return tasks
 
@@ -440,9 +440,10 @@ def manifest_compact(
     as_json: JsonFlag = False,
 ) -> None:
     """Merge the manifest's small files into large ones, so that it is read fast. No row is lost or doubled."""
+    from pipeline.lease import Lease
     from pipeline.manifest import Manifest
 
-    with expected_errors():
+    with expected_errors(), Lease(_store(output, storage), on_wait=_tell_of_wait):
         merged = Manifest(_store(output, storage)).compact()
     screen.print(f"{merged} files of single rows merged")
     if as_json:
@@ -453,16 +454,22 @@ def manifest_compact(
 def manifest_verify(
     output: Annotated[str, typer.Argument(help="Output folder of a job.")],
     hashes: Annotated[bool, typer.Option(help="Read every output and check its hash.")] = True,
+    clean: Annotated[bool, typer.Option("--clean", help="First remove what killed runs left behind.")] = False,
     storage: StorageOption = "{}",
     as_json: JsonFlag = False,
 ) -> None:
-    """Check every output of the manifest: there, of the right size, with the right hash, and nothing else there."""
+    """Check every output of the manifest: there, of the right size, with the right hash, and nothing else there.
+
+    --clean, for a job at rest, removes outputs that no record names, and unfinished files.
+    """
     from dataclasses import asdict
 
     from pipeline.manifest import Manifest
 
     with expected_errors():
         manifest = Manifest(_store(output, storage))
+        if clean:
+            _clean(manifest)
         problems = manifest.verify(check_hashes=hashes)
         damaged = any(problem.kind == "manifest_unreadable" for problem in problems)
         rows = "unknown" if damaged else len(manifest.statuses())
@@ -471,6 +478,19 @@ def manifest_verify(
     screen.print(f"{rows} rows, {len(problems)} problems")
     if problems:
         raise typer.Exit(OTHER_ERROR)
+
+
+def _clean(manifest: Manifest) -> None:
+    """Remove what killed runs have left in a job's folder, and say what."""
+    from pipeline.faults import Ledger
+    from pipeline.lease import Lease
+
+    with Lease(manifest.store, on_wait=_tell_of_wait):
+        for problem in manifest.clean():
+            screen.print(f"removed {problem.key}")
+        Ledger(manifest.store).end_all(manifest.statuses())
+        unfinished = manifest.store.remove_unfinished()
+    screen.print(f"removed {unfinished} unfinished files")
 
 
 @bank_app.command("list")

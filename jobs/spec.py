@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -24,6 +26,7 @@ from ditflow import backbones
 from ditflow.backbones import ModelIdentity, ModelNotFoundError
 from ditflow.backbones.base import Geometry
 from ditflow.settings import MethodSettings, SettingsError
+from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError
 
@@ -48,9 +51,9 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> ReadySpec:
 
     Raises SpecError with every mistake that was found.
     """
-    text = _read(Path(path))
-    values = _parse(text, str(path))
-    lines = _Lines(text, str(path))
+    document = _document(_read(Path(path)), str(path))
+    values = _mapping(document, str(path))
+    lines = _Lines(document, str(path))
     for override in overrides:
         _override(values, override)
     return _resolve(_validate(values, lines), lines)
@@ -72,32 +75,122 @@ def _read(path: Path) -> str:
         raise SpecError(f"{path}: cannot be read: {error}. Presets in {PRESETS}: {presets}") from error
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
-    values = _from_yaml(text, name)
-    if not isinstance(values, dict):
-        raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(Job))}")
-    return values
+# --------------------------------------------------------------------------------------------------------- YAML
+
+# libyaml's parser where PyYAML was built with it: a hundred thousand prompts take a second, not half a minute.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_DEEPEST = 50
+_MOST_VALUES = 1_000_000
+_NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
+"""What PyYAML's constructors raise for a date, number or tag that is none, such as 2024-13-45."""
 
 
-def _from_yaml(text: str, name: str) -> Any:
+@dataclass(frozen=True)
+class _Document:
+    """A YAML text as a tree of nodes, which know their lines, and as values."""
+
+    root: Any
+    values: Any
+
+
+def _document(text: str, name: str) -> _Document:
+    """Read a YAML text. Raises SpecError for one that is none, and for a few lines that would grow into gigabytes."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        _check_depth(text, name)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return _Document(None, None)
+        _measure(root, name, {})
+        return _Document(root, _constructed(loader, root, name))
+    except (yaml.YAMLError, UnicodeEncodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise SpecError(f"{name}{line}: it is no YAML: {reason}") from error
 
 
+def _check_depth(text: str, name: str) -> None:
+    """Refuse deep nesting before the tree is built, which is done by recursion."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise SpecError(_too_deep(name, event.start_mark.line + 1))
+
+
+def _too_deep(name: str, line: int) -> str:
+    return f"{name}:{line}: it is nested more than {_DEEPEST} deep, which no job spec is"
+
+
+def _measure(node: Any, name: str, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Return how many values a node stands for, and how deep they are nested, with what its aliases repeat."""
+    line = node.start_mark.line + 1
+    if id(node) in known:
+        measured = known[id(node)]
+        if measured is None:
+            raise SpecError(f"{name}:{line}: it holds itself, by an alias")
+        return measured
+    known[id(node)] = None
+    parts = [_measure(part, name, known) for part in _parts(node)]
+    values, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+    if depth > _DEEPEST:
+        raise SpecError(_too_deep(name, line))
+    if values > _MOST_VALUES:
+        raise SpecError(
+            f"{name}:{line}: it stands for {values} values, aliases counted as often as they repeat; expected at most "
+            f"{_MOST_VALUES}. Put so many prompts into a table: {{uri: prompts.parquet}}."
+        )
+    known[id(node)] = (values, depth)
+    return values, depth
+
+
+def _parts(node: Any) -> Iterator[Any]:
+    """The nodes directly within a node, keys and values alike."""
+    if isinstance(node, yaml.MappingNode):
+        yield from chain.from_iterable(node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _constructed(loader: Any, root: Any, name: str) -> Any:
+    """Return the values of a tree of nodes; SpecError, with its line, for a scalar that is none of what it says."""
+    for node in _scalars(root):
+        try:
+            node.value.encode()
+            loader.construct_object(node)
+        except _NO_VALUE as error:
+            raise SpecError(
+                f"{name}:{node.start_mark.line + 1}: {node.value!r:.100} is no valid {node.tag.rsplit(':', 1)[-1]} "
+                f"({error}). Put a text into quotes."
+            ) from error
+    try:
+        return loader.construct_document(root)
+    except _NO_VALUE as error:
+        raise SpecError(f"{name}: it is no YAML that can be understood: {error}") from error
+
+
+def _scalars(node: Any) -> Iterator[Any]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for part in _parts(node):
+        yield from _scalars(part)
+
+
+def _mapping(document: _Document, name: str) -> dict[str, Any]:
+    if not isinstance(document.values, dict):
+        raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(Job))}")
+    return document.values
+
+
 class _Lines:
     """Where each key of a YAML text stands."""
 
-    def __init__(self, text: str, name: str):
+    def __init__(self, document: _Document, name: str):
         self._name = name
         self._lines: dict[tuple[str, ...], int] = {}
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            self._walk(root, ())
+        self._walk(document.root, ())
 
     def _walk(self, node: Any, keys: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
@@ -124,7 +217,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise SpecError(f"--set {override}: {parent} is no section but {inner!r}")
         values = inner
-    values[last] = _from_yaml(text, f"--set {override}")
+    values[last] = _document(text, f"--set {override}").values
 
 
 # ------------------------------------------------------------------------------------------------ keys and types
@@ -167,8 +260,10 @@ def _named_sections_in(hint: Any) -> type | None:
 
 
 def _validate(values: dict[str, Any], lines: _Lines) -> Job:
-    unknown = list(_unknown_keys(values, Job, ()))
+    unknown = list(islice(_unknown_keys(values, Job, ()), _MOST_MISTAKES))
     mistakes = [lines.at(keys, message) for keys, message in unknown]
+    if len(mistakes) == _MOST_MISTAKES:
+        raise _refusal(mistakes)
     for keys, _ in unknown:
         _drop(values, keys)
     try:
@@ -180,10 +275,19 @@ def _validate(values: dict[str, Any], lines: _Lines) -> Job:
         mistakes += _explain_all(errors, lines)
         if not mistakes:
             raise
-        raise SpecError("\n".join(mistakes)) from error
+        raise _refusal(mistakes) from error
     if mistakes:
-        raise SpecError("\n".join(mistakes))
+        raise _refusal(mistakes)
     return job
+
+
+_MOST_MISTAKES = 100
+
+
+def _refusal(mistakes: Sequence[str]) -> SpecError:
+    """All mistakes, a line each; of a very long list that is wrong throughout, the first ones."""
+    more = len(mistakes) - _MOST_MISTAKES
+    return SpecError("\n".join([*mistakes[:_MOST_MISTAKES], *([f"... and {more} more"] if more > 0 else [])]))
 
 
 def _drop(values: Any, keys: tuple[str, ...]) -> None:
@@ -255,7 +359,11 @@ def _explain(error: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
         return keys, "it is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = _EXPECTED.get(error["type"], message)
-    return keys, f"{error['input']!r} is not valid: expected {expected}"
+    return keys, f"{_SHORTENED.repr(error['input'])} is not valid: expected {expected}"
+
+
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = 200
 
 
 def _either(messages: list[str]) -> str:
@@ -277,9 +385,10 @@ _UNION_MEMBER = re.compile(r"(Table|str|int|float|bool|(tuple|literal)\[.*)$")
 def _resolve(job: Job, lines: _Lines) -> ReadySpec:
     """Fill in the model's defaults and check what only the model can tell."""
     try:
-        model = backbones.identify(job.model.path, download=job.model.download)
-    except ModelNotFoundError as error:
-        raise SpecError(lines.at(["model", "path"], str(error))) from error
+        found = backbones.identify(local_model(job), download=job.model.download)
+        model = replace(found, path=job.model.path)
+    except (ModelNotFoundError, StoreError, OSError, ValueError) as error:  # the last two: names that no file can have
+        raise SpecError(lines.at(["model", "path"], f"{error}"[:1000])) from error
     defaults = model.geometry.defaults
     resolved = replace(
         job,
@@ -308,6 +417,8 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
             check()
         except SettingsError as error:
             yield lines.at([*keys, *filter(None, [error.key])], str(error).removeprefix(f"{error.key}: "))
+        except ArithmeticError as error:
+            yield lines.at(keys, f"it holds a number that cannot be counted with ({error}), such as infinity")
 
 
 def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[MethodSettings], Any]]:
@@ -340,7 +451,7 @@ def _check_kind(kind: str, method: MethodSettings) -> None:
 def to_yaml(job: Job) -> str:
     """Return the job as YAML that `load_spec` reads again."""
     assert job.kind in KINDS
-    return yaml.safe_dump(_plain(dataclasses.asdict(job)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(dataclasses.asdict(job)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

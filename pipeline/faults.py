@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import tenacity
 
 from ditflow.settings import SettingsError
 from pipeline.record import check_row_id
-from pipeline.store import Store, StoreError, is_transient, redact
+from pipeline.store import Store, StoreError, StoreMissingError, StoreUnwritableError, is_transient, redact
 
 MESSAGE_CHARACTERS = 2000
 FOLDER = "attempts"
@@ -29,8 +29,12 @@ FOLDER = "attempts"
 _Result = TypeVar("_Result")
 
 
-class TooManyFailuresError(RuntimeError):
-    """More rows failed than the job allows: the run was stopped; finished rows keep their records."""
+class JobStoppedError(RuntimeError):
+    """No row can be made as things are: the run was stopped; finished rows keep their records."""
+
+
+class TooManyFailuresError(JobStoppedError):
+    """More rows failed than the job allows."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,12 @@ class Policy:
 
     `attempts` counts tries of a row in all; `worker_died_attempts` those that ended with their process, of
     which more are allowed because preempted machines are no fault of the row. Backoff in seconds. An attempt that
-    takes longer than `row_deadline_s` is ended with its process. A run stops when more than `max_failed_fraction`
-    of the job's rows have failed. A run that is not heard of for `lease_s` gives its output up to another.
+    takes longer than `row_deadline_s` is ended with its process. Storage that throttles, or cannot be reached, is
+    waited for at most `storage_patience_s`, time and again within an attempt.
+
+    A run stops when more than `max_failed_fraction` of the job's rows have failed, or `max_failures_in_a_row` one
+    after the other; rows of one reference that could not be read count once. A run that is not heard of for `lease_s`
+    gives its output up to another.
 
     Raises ValueError for counts below 1 and for negative or contradicting times.
     """
@@ -50,13 +58,17 @@ class Policy:
     base_seconds: float = 0.5
     max_seconds: float = 20.0
     row_deadline_s: float = 3600.0
+    storage_patience_s: float = 300.0
     max_failed_fraction: float = 1.0
+    max_failures_in_a_row: int = 50
     lease_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("attempts", "worker_died_attempts"):
+        for name in ("attempts", "worker_died_attempts", "max_failures_in_a_row"):
             if getattr(self, name) < 1:
-                raise SettingsError(name, getattr(self, name), "at least 1 try")
+                raise SettingsError(name, getattr(self, name), "at least 1")
+        if not self.storage_patience_s >= 0:
+            raise SettingsError("storage_patience_s", self.storage_patience_s, "seconds, 0 or more")
         if not self.row_deadline_s > 0:
             raise SettingsError("row_deadline_s", self.row_deadline_s, "seconds above 0")
         if not self.lease_s >= 1:
@@ -75,18 +87,34 @@ class Fault:
     error_class: str
     message: str
 
+    @property
+    def stops_job(self) -> bool:
+        """Whether it is no row's fault and would meet every other row as well; the manifest has no such kind."""
+        return self.kind == STOPS_JOB
+
+
+STOPS_JOB = "job"
+"""The kind of a fault that no row is to blame for: a model that cannot load, an output that cannot be written to."""
+
+
+def fault_of_job(error: BaseException) -> Fault:
+    """Return an error that no row is to blame for as the fault that stops the job."""
+    return replace(classify(error), kind=STOPS_JOB)
+
 
 def classify(error: BaseException) -> Fault:
     """Return what an exception means for its row: kind, class, and its message with those of its causes.
 
-    out_of_memory if any error of the chain of causes says so, else transient if any is, else permanent: what
-    is not known to pass by itself is not worth another hour of a GPU.
+    STOPS_JOB if the output cannot be written to, else out_of_memory if any error of the chain of causes says so, else
+    transient if any is, else permanent: what is not known to pass by itself is not worth another hour of a GPU.
     """
     chain = list(_chain(error))
     return Fault(_kind(chain), type(chain[0]).__name__, _message(chain))
 
 
 def _kind(chain: list[BaseException]) -> str:
+    if any(isinstance(error, StoreUnwritableError) for error in chain):  # inputs are never written: it is the output
+        return STOPS_JOB
     if any(_is_out_of_memory(error) for error in chain):
         return "out_of_memory"
     for error in chain:
@@ -133,6 +161,25 @@ _MEMORY_SIGNS = (
 )
 
 
+def breaks_device(error: BaseException) -> bool:
+    """Return whether an error leaves this process's GPU context unusable, so that every later row would fail in it."""
+    for one in _chain(error):
+        text = str(one).lower()
+        if isinstance(one, RuntimeError) and not _is_out_of_memory(one) and any(sign in text for sign in _DEVICE_SIGNS):
+            return True
+    return False
+
+
+_DEVICE_SIGNS = (
+    "cuda error",
+    "cudnn_status_execution_failed",
+    "cublas_status_execution_failed",
+    "cublas_status_internal_error",
+    "nccl error",
+    "hip error",
+)
+
+
 def _message(chain: list[BaseException]) -> str:
     parts = []
     for error in chain:
@@ -150,19 +197,18 @@ def retry_faults(
     base_seconds: float,
     max_seconds: float,
     sleep: Callable[[float], None] = time.sleep,
-    kinds: Collection[str] = ("transient",),
 ) -> _Result:
-    """Return `function()`, calling it again after a fault of these kinds, at most `attempts` times in all.
+    """Return `function()`, calling it again after a transient fault, at most `attempts` times in all.
 
     Waits a random time up to `base_seconds`, then twice that, four times, ... never above `max_seconds`: many
     workers that failed together must not come back together.
 
-    Raises the function's own error: the last one, or at once one of another kind.
+    Raises the function's own error: the last one, or at once one that is not transient.
     """
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=tenacity.wait_random_exponential(multiplier=base_seconds, max=max_seconds),
-        retry=tenacity.retry_if_exception(lambda error: classify(error).kind in kinds),
+        retry=tenacity.retry_if_exception(lambda error: classify(error).kind == "transient"),
         sleep=sleep,
         reraise=True,
     )
@@ -200,9 +246,15 @@ class Ledger:
     def end(self, row_id: str) -> None:
         """Remove the row's tries. Call it after the row's record is in the manifest, never before."""
         # Last first: an interruption leaves 001, 002, ... without a gap, on which begin() relies.
-        # "deadline" sorts behind every number.
+        # "deadline" and "last-words" sort behind every number.
         for key in sorted(self.store.list(f"{FOLDER}/{check_row_id(row_id)}"), key=_by_number, reverse=True):
             self.store.delete(key)
+
+    def end_all(self, row_ids: Collection[str]) -> None:
+        """End those of these rows that were begun; their processes died after the record was written."""
+        for row_id in self.unfinished():
+            if row_id in row_ids:
+                self.end(row_id)
 
     def forgive(self) -> None:
         """Take back the latest try of every row that was begun and not ended: the run was stopped, not the row's fault.
@@ -211,6 +263,17 @@ class Ledger:
         """
         for row_id in self.unfinished():
             self.store.delete(self._keys(row_id)[-1])
+
+    def note(self, row_id: str, words: str) -> None:
+        """Leave the last words of a process that is about to end over the row."""
+        self.store.put(_note_key(row_id), words.encode())
+
+    def noted(self, row_id: str) -> str:
+        """Return the last words of the latest process that left any, or nothing."""
+        try:
+            return self.store.read(_note_key(row_id)).decode()
+        except StoreMissingError:
+            return ""
 
     def expire(self, row_id: str) -> None:
         """Record that a try of the row is ended by its deadline, with its process."""
@@ -252,3 +315,7 @@ def _by_number(key: str) -> tuple[int, str]:
 
 def _deadline_key(row_id: str) -> str:
     return f"{FOLDER}/{check_row_id(row_id)}/deadline"
+
+
+def _note_key(row_id: str) -> str:
+    return f"{FOLDER}/{check_row_id(row_id)}/last-words"

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Literal
 
 from ditflow.metrics.base import MetricSettings
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
+from ditflow.video import MAX_PIXELS_PER_FRAME
 from pipeline.faults import Policy
+from pipeline.store import Store, read_uri
 
 KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
 DEFAULT_FPS = 8.0
@@ -22,7 +24,10 @@ DEFAULT_FPS = 8.0
 
 @dataclass(frozen=True)
 class Model:
-    """Which model, and how it is run. See `ditflow.backbones.load` and `ExecutionSettings`."""
+    """Which model, and how it is run. See `ditflow.backbones.load` and `ExecutionSettings`.
+
+    path: mini, a diffusers folder, such a folder on object storage (s3://...), or a hub id.
+    """
 
     path: str = "mini"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -37,6 +42,11 @@ class References:
 
     uri: a file, a folder with `glob`, a pattern, or a list of these. fit: `crop` scales to cover and crops the
     centre, so that motion keeps its direction; `stretch` changes the aspect ratio.
+
+    A reference beyond a limit is a failed row, not a failed job; limits decide no row's id. max_bytes: of a file,
+    looked up before it is fetched. max_pixels: of a coded frame, looked up before one is decoded. max_memory_bytes:
+    what reading one reference may take, its file included; for the codecs whose frames are large, and against indices
+    that speak of millions of frames.
     """
 
     uri: str | tuple[str, ...] = ()
@@ -47,11 +57,19 @@ class References:
     start: int = 0
     stride: int = 1
     fit: Literal["crop", "stretch"] = "crop"
+    max_bytes: int = 256 * 1024**2
+    max_pixels: int = MAX_PIXELS_PER_FRAME
+    max_memory_bytes: int = 600 * 1024**2
 
     def __post_init__(self) -> None:
-        for key, least in (("frames", 2), ("height", 8), ("width", 8), ("start", 0), ("stride", 1)):
-            if getattr(self, key) < least:
-                raise SettingsError(key, getattr(self, key), f"at least {least}")
+        least = {"frames": 2, "height": 8, "width": 8, "start": 0, "stride": 1, "max_bytes": 1, "max_pixels": 1}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise SettingsError(key, getattr(self, key), f"at least {value}")
+        # A file that comes over a network is there twice for a moment: in pieces, and as a whole.
+        if self.max_memory_bytes < 2 * self.max_bytes:
+            expected = f"at least twice max_bytes, {2 * self.max_bytes}"
+            raise SettingsError("max_memory_bytes", self.max_memory_bytes, expected)
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -90,10 +108,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Output:
-    """Where everything is written. fps: frames per second of the videos (None: the reference's)."""
+    """Where everything is written.
+
+    fps: frames per second of the videos (None: the reference's). spread: outputs lie in 256 folders, named by the first
+    two digits of their ids, because file systems are slow with folders of millions (None: in jobs of 100,000 rows).
+    """
 
     uri: str
     fps: float | None = None
+    spread: bool | None = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and not 0 < self.fps <= 240:
@@ -121,6 +144,18 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Where each machine keeps copies of remote references and models (None: ditflow's own folder), and how much."""
+
+    folder: str | None = None
+    max_bytes: int = 100 * 1024**3
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 0:
+            raise SettingsError("max_bytes", self.max_bytes, "bytes, 0 or more")
+
+
+@dataclass(frozen=True)
 class Resources:
     """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out)."""
 
@@ -128,6 +163,7 @@ class Resources:
     generate: Pool = field(default_factory=Pool)
     evaluate: Pool = field(default_factory=Pool)
     threads: int | None = None
+    cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -185,6 +221,18 @@ class Job:
         if not self.methods:
             return {self.method.name: self}
         return {name: replace(self, method=method, methods={}) for name, method in self.methods.items()}
+
+    def key(self, folder: str, name: str) -> str:
+        """Return where the output `name` of a folder is stored; it begins with the id of its row or motion."""
+        return f"{folder}/{name[:2]}/{name}" if self.output.spread else f"{folder}/{name}"
+
+    def store(self) -> Store:
+        """Return the job's output folder, which waits out errors that pass by themselves."""
+        return Store(self.output.uri, self.storage_options, self.faults.storage_patience_s)
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes of an input; StoreError if they cannot be had with the patience of the job."""
+        return read_uri(uri, self.storage_options, self.faults.storage_patience_s)
 
     def with_own(self, own: OwnSettings) -> Job:
         """Return the job with the settings of one row. Only a zero-shot method learns with another prompt."""

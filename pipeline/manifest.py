@@ -35,7 +35,7 @@ from pipeline.record import (
     make_row,
     rows_to_table,
 )
-from pipeline.store import Store, StoreMissingError, list_uris, sha256_of
+from pipeline.store import Store, StoreMissingError, list_uris, patiently, sha256_of
 
 FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
@@ -105,13 +105,19 @@ class Manifest:
 
     def get(self, row_id: str) -> dict[str, Any] | None:
         """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
+        recorded = self.recorded(row_id)
+        if recorded is not None:
+            return recorded
+        rows = self.read().filter(pc.field("row_id") == row_id).to_pylist()
+        return rows[0] if rows else None
+
+    def recorded(self, row_id: str) -> dict[str, Any] | None:
+        """Return a row that was recorded since the manifest was merged last, or None; one request."""
         key = _key(row_id)
         try:
-            table = _decode(key, self.store.read(key), COLUMN_NAMES)
+            return self._load(key).to_pylist()[0]
         except StoreMissingError:
-            table = self.read()
-        rows = table.filter(pc.field("row_id") == row_id).to_pylist()
-        return rows[0] if rows else None
+            return None
 
     def forget(self, row_ids: Iterable[str]) -> list[str]:
         """Remove rows that failed, so that they are tried again, and return the ids removed, sorted.
@@ -128,8 +134,10 @@ class Manifest:
             self._drop(key, table, asked)
         return sorted({row["row_id"] for row in hits})
 
-    def compact(self, rows_per_file: int = 50_000) -> int:
+    def compact(self, rows_per_file: int = 50_000, least: int = 1) -> int:
         """Merge the files of single rows into files of up to so many rows; return how many rows were merged.
+
+        least: nothing is done for fewer files than that.
 
         For a job at rest: a row that is recorded a second time while its file is merged would stand twice. May be
         interrupted anywhere and called again.
@@ -137,6 +145,8 @@ class Manifest:
         Raises ManifestError for an unreadable file, which nothing is done to, StoreError from the storage.
         """
         single, merged = self._keys_by_kind()
+        if len(single) < least:
+            return 0
         known = {row_id for key in merged for row_id in self._load(key, ["row_id"])["row_id"].to_pylist()}
         # What an interrupted merge has left: the row stands in the merged file already.
         done = [key for key in single if _row_id(key) in known]
@@ -151,6 +161,23 @@ class Manifest:
                 list(pool.map(self.store.delete, parts))
         return len(single)
 
+    def clean(self) -> list[Problem]:
+        """Remove what kills can leave behind, and return it: files that no record names, rows that stand twice.
+
+        For a job at rest: an output is there before its record is.
+        Raises ManifestError for an unreadable manifest file, since it may name outputs; nothing is removed then.
+        """
+        rows = [row for _, table in self._tables() for row in table.to_pylist()]
+        single, merged = self._keys_by_kind()
+        known = {row_id for key in merged for row_id in self._load(key, ["row_id"])["row_id"].to_pylist()}
+        twice = [Problem(_row_id(key), "row_duplicate", f"{key}: merged before", key) for key in single]
+        twice = [problem for problem in twice if problem.row_id in known]
+        orphans = _orphans(rows, self._output_sizes())
+        for problem in [*twice, *orphans]:
+            assert problem.key is not None
+            self.store.delete(problem.key)
+        return [*twice, *orphans]
+
     def verify(self, check_hashes: bool = True) -> list[Problem]:
         """Compare the records with the files and return every problem found, none for a sound job.
 
@@ -160,7 +187,7 @@ class Manifest:
         unreadable: list[Problem] = []
         tables = list(self._tables(on_error=lambda key, error: unreadable.append(_unreadable(key, error))))
         rows = [row for _, table in tables for row in table.to_pylist()]
-        sizes = {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
+        sizes = self._output_sizes()
         finished = [row for row in _distinct(rows) if row["status"] == "ok"]
         problems = [*unreadable, *_duplicates(rows)]
         problems += [problem for row in finished for problem in self._check_files(row, sizes)]
@@ -177,6 +204,9 @@ class Manifest:
             for key in self.store.list(FOLDER)
             if key.endswith(".parquet") and not key.rsplit("/", 1)[-1].startswith((".", "_"))
         ]
+
+    def _output_sizes(self) -> dict[str, int]:
+        return {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
 
     def _keys_by_kind(self) -> tuple[list[str], list[str]]:
         """Return the keys of single rows' files, and those of merged ones."""
@@ -274,7 +304,8 @@ class Manifest:
     def _check_hash(self, row: Mapping[str, Any]) -> Problem | None:
         key = output_key(row["output_uri"])
         assert key is not None
-        found = sha256_of(self.store.uri_of(key), self.store.storage_options)
+        uri, options = self.store.uri_of(key), self.store.storage_options
+        found = patiently(lambda: sha256_of(uri, options), self.store.patience_s)
         if found == row["output_sha256"]:
             return None
         detail = f"{key} has SHA-256 {found}, recorded is {row['output_sha256']}"

@@ -16,7 +16,7 @@ from itertools import product
 
 from pipeline.job import JOBS_OWN, Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
-from pipeline.store import Store, StoreMissingError, absolute_uri, fingerprint, list_uris, sha256_of
+from pipeline.store import StoreMissingError, absolute_uri, fingerprint, list_uris, patiently, sha256_of
 from pipeline.tables import PlanError, read_pairs, read_prompts
 
 _HASHES_KEY = "inputs.json"
@@ -107,7 +107,7 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
     Raises PlanError for inputs that make no rows, StoreError from the storage.
     """
     combinations = list(_combinations(job))
-    recorded = Manifest(Store(job.output.uri, job.storage_options)).statuses()
+    recorded = Manifest(job.store()).statuses()
     planned: set[str] = set()
     todo, retried, ended = [], [], Counter[str]()
     for variant in job.variants:
@@ -217,7 +217,8 @@ def _sources(job: Job) -> Sequence[Input | None]:
     uris: dict[str, None] = {}
     for uri in inputs.uris:
         try:
-            uris.update(dict.fromkeys(list_uris(uri, inputs.glob, job.storage_options)))
+            found = patiently(lambda: list_uris(uri, inputs.glob, job.storage_options), job.faults.storage_patience_s)  # noqa: B023
+            uris.update(dict.fromkeys(found))
         except StoreMissingError:
             # A pattern or folder without files is a mistake in the job; one missing file is one failed row.
             if len(inputs.uris) == 1:
@@ -240,17 +241,20 @@ def _prompts(job: Job) -> list[tuple[str, str | None]]:
 
 def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     """Hash inputs by content, in parallel; the content of an unchanged file is not read again."""
-    store = Store(job.output.uri, job.storage_options)
+    store = job.store()
     try:
         known = json.loads(store.read(_HASHES_KEY))
     except StoreMissingError:
         known = {}
 
+    def content_hash(uri: str) -> str:
+        return patiently(lambda: sha256_of(uri, job.storage_options), job.faults.storage_patience_s)
+
     def hashed(uri: str) -> tuple[Input, list[str] | None]:
         try:
-            mark = fingerprint(uri, job.storage_options)
+            mark = patiently(lambda: fingerprint(uri, job.storage_options), job.faults.storage_patience_s)
             remembered = known.get(uri, [None, None])
-            sha256 = remembered[1] if remembered[0] == mark else sha256_of(uri, job.storage_options)
+            sha256 = remembered[1] if remembered[0] == mark else content_hash(uri)
         except StoreMissingError:
             return Input(uri, None), None
         return Input(uri, sha256), [mark, sha256]

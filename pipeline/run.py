@@ -9,24 +9,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import ray
 
-from pipeline.faults import Ledger, TooManyFailuresError
+from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
 from pipeline.lease import Holder, Lease
 from pipeline.manifest import Manifest
 from pipeline.measurements import Task
 from pipeline.plan import Plan
+from pipeline.stages.attempt import STOPPED
 from pipeline.stages.read import Row
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 
 RUN_KEY = "run.json"
 """What the latest run set out to do: rows planned in all, and when (seconds since 1970)."""
 
+_MANY_ROWS, _MANY_FILES = 100_000, 10_000
 _LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
 
@@ -52,17 +54,20 @@ class Tally:
 def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
     """Be the only run that works on the job's output, for the length of a `with` block.
 
-    A run that is stopped (Ctrl-C, SIGTERM) ends its workers first and takes back the tries of the rows in flight.
+    A run that is stopped (Ctrl-C, SIGTERM, or an error that no row is to blame for) ends its workers first and takes
+    back the tries of the rows in flight.
+
     Raises LeaseHeldError, after a while of which `on_wait` is told, and LeaseLostError.
     """
-    store = Store(job.output.uri, job.storage_options)
+    store = Store(job.output.uri, job.storage_options)  # a lease has no time for patience
     with Lease(store, job.faults.lease_s, on_wait) as lease:
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, JobStoppedError):
             ray.shutdown()
             lease.check()
-            Ledger(store).forgive()
+            with suppress(StoreError):  # it may be what stopped the job
+                Ledger(store).forgive()
             raise
 
 
@@ -109,25 +114,58 @@ def _stderr_silenced() -> Iterator[None]:
 def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: Callable[[Row], None]) -> Tally:
     """Do the rows of a plan and return how they ended. The resolved spec is saved first as `job.yaml`.
 
-    Raises what stops a whole job: a model that cannot load, storage that refuses.
+    Raises JobStoppedError for what would meet every row: a model that cannot load, storage that refuses, too many
+    failures.
     """
     tally = Tally()
     if not plan.todo:
         return tally
-    store = Store(job.output.uri, job.storage_options)
+    store = job.store()
     store.put("job.yaml", spec_yaml.encode())
     store.put(RUN_KEY, json.dumps({"planned": plan.total, "started_at": time.time()}).encode())
     Manifest(store).forget(plan.retried)
+    Manifest(store).compact(least=_MANY_FILES)
     connect()
-    for row in finished_rows(_with_threads(job), plan.todo, model_revision):
+    limits = _Limits(job, plan.total)
+    for row in finished_rows(_settled(job, plan.total), plan.todo, model_revision):
+        _check_goes_on(row)
         tally.count(row["status"])
         on_row(row)
-        if tally.not_ok > job.faults.max_failed_fraction * plan.total:
-            raise TooManyFailuresError(
-                f"{tally.not_ok} of {plan.total} rows failed, more than faults.max_failed_fraction "
-                f"({job.faults.max_failed_fraction:g}) allows. The last one: {row['error_message']}"
-            )
+        limits.check(row)
     return tally
+
+
+def _check_goes_on(row: Row) -> None:
+    if row["status"] == STOPPED:
+        raise JobStoppedError(f"the job was stopped: {row['error_message']}")
+
+
+class _Limits:
+    """Watches how many rows fail, in all and one after the other."""
+
+    def __init__(self, job: Job, planned: int):
+        self._policy, self._planned = job.faults, planned
+        self._failed = 0
+        self._in_a_row: set[str] = set()
+
+    def check(self, row: Row) -> None:
+        """Take note of a row that has ended; TooManyFailuresError if it is one failure too many."""
+        if row["status"] == "ok":
+            self._in_a_row.clear()
+            return
+        self._failed += 1
+        self._in_a_row.add(row["blamed"])
+        if self._failed > self._policy.max_failed_fraction * self._planned:
+            raise TooManyFailuresError(
+                f"{self._failed} of {self._planned} rows failed, more than faults.max_failed_fraction "
+                f"({self._policy.max_failed_fraction:g}) allows. The last one: {row['error_message']}"
+            )
+        if len(self._in_a_row) >= self._policy.max_failures_in_a_row:
+            raise TooManyFailuresError(
+                f"{len(self._in_a_row)} rows failed one after the other (faults.max_failures_in_a_row), so the others "
+                f"would most likely fail as well. The last one: {row['error_message']} Mend what is wrong and run the "
+                "job again with --retry failed, or raise the limit."
+            )
 
 
 def run_evaluation(job: Job, tasks: list[Task], on_row: Callable[[Row], None]) -> Tally:
@@ -137,9 +175,16 @@ def run_evaluation(job: Job, tasks: list[Task], on_row: Callable[[Row], None]) -
         return tally
     connect()
     for row in evaluated_rows(job, tasks):
+        _check_goes_on(row)
         tally.count(row["status"])
         on_row(row)
     return tally
+
+
+def _settled(job: Job, rows: int) -> Job:
+    """Decide what the job leaves open, once for all of its workers."""
+    spread = rows >= _MANY_ROWS if job.output.spread is None else job.output.spread
+    return replace(_with_threads(job), output=replace(job.output, spread=spread))
 
 
 def _with_threads(job: Job) -> Job:

@@ -14,23 +14,30 @@ import errno
 import hashlib
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
+import tenacity
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.utils import glob_translate
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow, DuckDB) pass over it
-CHUNK_BYTES = 8 * 2**20  # of a streamed read
+CHUNK_BYTES = 8 * 2**20  # of a streamed read or copy
 PART_BYTES = 32 * 2**20  # of a multipart upload, which s3fs starts at two parts
 PARTS_AT_ONCE = 4
+LONGEST_PAUSE_S = 20.0  # between two tries of an operation that is waited out
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # One layer retries requests: botocore, which knows S3's error codes. s3fs's own retries would multiply with
 # it (5 x 5 requests by default), so open_fs sets them to 1.
@@ -62,6 +69,10 @@ class StoreMissingError(StoreError):
 
 class StoreForbiddenError(StoreError):
     """The storage refused access, or no credentials were found."""
+
+
+class StoreUnwritableError(StoreForbiddenError):
+    """The storage cannot be written to: no permission, no space. No row could end there."""
 
 
 _SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|SECRET_KEY)$")
@@ -172,22 +183,28 @@ def _store_error(action: str, uri: str, error: Exception) -> StoreError:
     what = f"cannot {action} {_shown(uri)}"
     reason = redact(f"{type(error).__name__}: {error}")
     status = http_status(error)
+    refusal = StoreUnwritableError if action in _WRITING else StoreForbiddenError
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return StoreMissingError(
             f"{what}: it does not exist ({reason}). Check its spelling and, on S3, that the bucket exists "
             "(buckets are never created here) and that AWS_ENDPOINT_URL names the intended server."
         )
     if _class_names(error) & _CREDENTIAL_NAMES:
-        return StoreForbiddenError(
+        return refusal(
             f"{what}: no usable credentials ({reason}). Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, in the environment of every machine of the cluster."
         )
     if isinstance(error, PermissionError) or status in (401, 403):
-        return StoreForbiddenError(
+        return refusal(
             f"{what}: access was refused ({reason}). Check the folder's permissions; on S3, the credentials "
             "of AWS_PROFILE or the environment and their right to get, put, list and delete there."
         )
-    return StoreError(f"{what}: {reason}{_advice(error)}", transient=is_transient(error))
+    kind = StoreUnwritableError if getattr(error, "errno", None) in _NO_ROOM else StoreError
+    return kind(f"{what}: {reason}{_advice(error)}", transient=is_transient(error))
+
+
+_WRITING = frozenset({"write", "create", "delete"})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 def _advice(error: Exception) -> str:
@@ -279,6 +296,41 @@ def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
             yield str(name)
 
 
+# ------------------------------------------------------------------------------------------------- patience
+
+
+def patiently(
+    operation: Callable[[], _Result], patience_s: float, sleep: Callable[[float], None] = time.sleep
+) -> _Result:
+    """Return `operation()`, repeating it while its error passes by itself and `patience_s` seconds are not over.
+
+    Waits a random time of up to 1, 2, 4, ... `LONGEST_PAUSE_S` seconds: many workers that failed together must not
+    come back together. Raises the operation's own last error.
+    """
+    if not patience_s:
+        return operation()
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(patience_s),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=LONGEST_PAUSE_S),
+        retry=tenacity.retry_if_exception(is_transient),
+        sleep=sleep,
+        reraise=True,
+    )
+    return retrying(operation)
+
+
+def _patient(
+    method: Callable[Concatenate[Store, _Arguments], _Result],
+) -> Callable[Concatenate[Store, _Arguments], _Result]:
+    """Let a method of a Store wait out errors that pass, for as long as the store's patience lasts."""
+
+    @wraps(method)
+    def waiting(store: Store, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        return patiently(lambda: method(store, *args, **kwargs), store.patience_s)
+
+    return waiting
+
+
 # ---------------------------------------------------------------------------------------------------- Store
 
 
@@ -296,20 +348,22 @@ class Store:
 
     A key is a relative path with `/`, such as `videos/0a1b.mp4`. Objects are written whole or not at all.
     Holds the URI and the options only, so it is cheap to pickle; each process opens its own file system.
-    Safe to use from several threads.
+    Safe to use from several threads. Every operation waits for `patience_s` seconds for errors that pass by
+    themselves, such as throttling and lost connections; beyond what botocore retries.
 
     Raises StoreError for credentials among the options; nothing is opened or created here.
     """
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> None:
         self.storage_options: dict[str, Any] = dict(storage_options or {})
+        self.patience_s = patience_s
         _refuse_credentials(uri, self.storage_options)
         self._local = _protocol(uri) in LOCAL_PROTOCOLS
         self.uri = _local_uri(uri) if self._local else uri.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store, (self.uri, self.storage_options))
+        return (Store, (self.uri, self.storage_options, self.patience_s))
 
     def __repr__(self) -> str:
         return f"Store({_shown(self.uri)})"
@@ -320,8 +374,9 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """Return the object's bytes. Raises StoreMissingError, StoreForbiddenError or StoreError."""
-        return read_uri(self.uri_of(key), self.storage_options)
+        return read_uri(self.uri_of(key), self.storage_options, self.patience_s)
 
+    @_patient
     def exists(self, key: str) -> bool:
         """Return whether `key` is an object (a folder is none)."""
         uri = self.uri_of(key)
@@ -329,6 +384,7 @@ class Store:
             fs, path = self._at(key)
             return _kind(fs, path) == "file"
 
+    @_patient
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the size in bytes of every object below the folder `prefix`, at any depth, sorted by key.
 
@@ -346,13 +402,14 @@ class Store:
         """Return the keys of every object below the folder `prefix`, at any depth, sorted."""
         return [*self.sizes(prefix)]
 
-    def put(self, key: str, data: bytes) -> Stored:
-        """Write `data` at `key`, replacing what was there, and return where it is with its hash and size.
+    @_patient
+    def put(self, key: str, data: bytes | Path) -> Stored:
+        """Write `data`, or the content of a local file, at `key`; return where it is with its hash and size.
 
-        Durable and atomic: a reader sees the old object or the new one. Afterwards the stored size is
-        checked.
+        Replaces what was there. Durable and atomic: a reader sees the old object or the new one. Afterwards the
+        stored size is checked. A file is copied in pieces and never held in memory as a whole.
 
-        Raises StoreMissingError (no such bucket), StoreForbiddenError or StoreError.
+        Raises StoreMissingError (no such bucket), StoreUnwritableError, StoreForbiddenError or StoreError.
         """
         uri = self.uri_of(key)
         with _translating("write", uri):
@@ -360,11 +417,16 @@ class Store:
             if self._local:
                 _write_local(path, data, os.replace)
             else:
-                self._require_s3()
-                fs.pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
-            _check_size(uri, fs.info(path)["size"], len(data))
-        return Stored(uri, hashlib.sha256(data).hexdigest(), len(data))
+                self._upload(fs, path, data)
+            size = data.stat().st_size if isinstance(data, Path) else len(data)
+            _check_size(uri, fs.info(path)["size"], size)
+        with _pieces(data) as pieces:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+        return Stored(uri, digest.hexdigest(), size)
 
+    @_patient
     def create(self, key: str, data: bytes) -> bool:
         """Write `data` at `key` if nothing is there; return False when an object already existed.
 
@@ -390,6 +452,7 @@ class Store:
                 ) from error
         return True
 
+    @_patient
     def delete(self, key: str) -> None:
         """Remove the object; one that does not exist is no error. Local folders left empty go as well."""
         uri = self.uri_of(key)
@@ -399,6 +462,42 @@ class Store:
                 fs.rm_file(path)
         if self._local:
             self._prune(Path(path).parent)
+
+    def remove_unfinished(self) -> int:
+        """Remove what writers that died have left: temporary files, and parts of uploads; return how many.
+
+        For a folder that nobody writes into.
+        """
+        with _translating("clean", self.uri):
+            fs, root = self._at("")
+            if self._local:
+                left = [path for path in Path(root).rglob(f"{TEMPORARY_PREFIX}*") if path.is_file()]
+                for path in left:
+                    path.unlink(missing_ok=True)
+                    self._prune(path.parent)
+                return len(left)
+            bucket, folder, _ = fs.split_path(root)
+            uploads = [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
+            for upload in uploads:
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            return len(uploads)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a short text for every object that changes with its content, by key; see `fingerprint`."""
+        return {key: fingerprint(self.uri_of(key), self.storage_options) for key in self.list()}
+
+    @_patient
+    def download(self, key: str, file: Path) -> None:
+        """Copy the object into a local file, in pieces, and check its size.
+
+        Raises StoreMissingError, StoreForbiddenError or StoreError.
+        """
+        uri = self.uri_of(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _translating("read", uri):
+            fs, path = self._at(key)
+            fs.get_file(path, str(file))
+            _check_size(str(file), file.stat().st_size, fs.info(path)["size"])
 
     def check_writable(self) -> None:
         """Write, re-create and delete a small probe object, so that a job fails before its work, not after.
@@ -418,8 +517,8 @@ class Store:
         if not first or second:
             raise StoreError(
                 f"the storage of {_shown(self.uri)} ignores conditional writes (If-None-Match: *), so two "
-                "workers could both commit one row. Use AWS S3, or a server that supports them (MinIO, "
-                "Ceph, Swift)."
+                "workers could both commit one row. Use AWS S3, or a server that makes them atomic (MinIO, "
+                "Ceph). OpenStack Swift takes them, but looks before it stores: of writers that meet, all succeed."
             )
 
     def _create(self, fs: Any, path: str, data: bytes) -> None:
@@ -428,6 +527,13 @@ class Store:
         else:
             self._require_s3()
             fs.pipe_file(path, data, mode="create", chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+    def _upload(self, fs: Any, path: str, data: bytes | Path) -> None:
+        self._require_s3()
+        if isinstance(data, Path):
+            fs.put_file(str(data), path, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+        else:
+            fs.pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
 
     def _require_s3(self) -> None:
         if _protocol(self.uri) not in S3_PROTOCOLS:
@@ -484,7 +590,17 @@ def _says_exists(error: BaseException) -> bool:
 # ---------------------------------------------------------------------------------------------- local files
 
 
-def _write_local(path: str, data: bytes, publish: Any) -> None:
+@contextmanager
+def _pieces(data: bytes | Path) -> Iterator[Iterator[bytes]]:
+    """Lend the content in pieces of at most CHUNK_BYTES; bytes are one piece."""
+    if isinstance(data, bytes):
+        yield iter([data])
+        return
+    with data.open("rb") as file:
+        yield iter(lambda: file.read(CHUNK_BYTES), b"")
+
+
+def _write_local(path: str, data: bytes | Path, publish: Any) -> None:
     """Write a durable temporary file beside `path` and `publish` it there (os.replace, or _link)."""
     folder = os.path.dirname(path)
     temporary = _write_temporary(folder, data)
@@ -496,13 +612,13 @@ def _write_local(path: str, data: bytes, publish: Any) -> None:
             os.unlink(temporary)
 
 
-def _write_temporary(folder: str, data: bytes) -> str:
+def _write_temporary(folder: str, data: bytes | Path) -> str:
     """Return the path of a new durable file in `folder` with `data`; it is gone again if this raises."""
     path = os.path.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex)
     descriptor = _open_new(folder, path)
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
+        with open(descriptor, "wb") as file, _pieces(data) as pieces:
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -600,16 +716,28 @@ def _raise_unless_missing(error: OSError) -> None:
 # --------------------------------------------------------------------------------------------------- inputs
 
 
+def is_local(uri: str) -> bool:
+    """Return whether a URI names a file of this machine."""
+    return _protocol(uri) in LOCAL_PROTOCOLS
+
+
 def absolute_uri(uri: str) -> str:
     """Return `uri` with its protocol, a local path made absolute; where there is something is not looked up."""
     return _local_uri(uri) if _protocol(uri) in LOCAL_PROTOCOLS else uri
 
 
-def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
-    """Return the bytes at an absolute URI. Raises StoreMissingError, StoreForbiddenError or StoreError."""
-    fs, path = open_fs(uri, storage_options)
-    with _translating("read", uri):
-        return fs.cat_file(path)
+def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> bytes:
+    """Return the bytes at an absolute URI; errors that pass by themselves are waited out for `patience_s` seconds.
+
+    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    """
+
+    def read() -> bytes:
+        fs, path = open_fs(uri, storage_options)
+        with _translating("read", uri):
+            return fs.cat_file(path)
+
+    return patiently(read, patience_s)
 
 
 def list_uris(uri: str, glob: str = "*", storage_options: Mapping[str, Any] | None = None) -> list[str]:

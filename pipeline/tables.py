@@ -38,20 +38,24 @@ class Pair:
 
 
 _FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")
-_TEXT = ("a text", lambda value: value not in (None, ""))
+_TEXT = ("a text", lambda value: isinstance(value, str | int | float) and value != "")
 _TEXT_OR_NONE = ("a text, or nothing", lambda value: value is None or isinstance(value, str))
 
 
-def _whole(least: float) -> tuple[str, Callable[[Any], bool]]:
-    expected = "a whole number" if least < 0 else f"a whole number of at least {least}"
+_LEAST, _MOST = -(2**63), 2**63 - 1
+"""What a column of the manifest holds."""
+
+
+def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
+    expected = "a whole number of 64 bits" if least == _LEAST else f"a whole number of at least {least}"
     return (
         expected,
-        lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0 and value >= least),
+        lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0 and least <= value <= _MOST),
     )
 
 
 _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "seed": _whole(float("-inf")),
+    "seed": _whole(_LEAST),
     "category": _TEXT_OR_NONE,
     "start": _whole(0),
     "stop": _whole(1),
@@ -63,7 +67,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_pairs(job: Job, table: Table) -> list[Pair]:
     """Return the pairs that a table tells. Raises PlanError, which names the row, for what makes no pair."""
     source = "bank" if job.kind == "reuse" else "reference"
-    rows = read_table(table.uri, job.storage_options).to_pylist()
+    _, rows = read_table(table.uri, job.storage_options)
     missing = {source, table.column} - set(rows[0] if rows else {})
     if missing:
         raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
@@ -74,13 +78,13 @@ def read_pairs(job: Job, table: Table) -> list[Pair]:
 def _pair(job: Job, row: Mapping[str, Any], checks: Mapping[str, Any], where: str) -> Pair:
     for column, (expected, fits) in checks.items():
         if not fits(row.get(column)):
-            raise PlanError(f"pairing: {where} has {column} {row[column]!r}: expected {expected}")
+            raise PlanError(f"pairing: {where} has {column} {row[column]!r:.200}: expected {expected}")
     source, prompt, *_ = (row[column] for column in checks if column not in _OPTIONAL)
     numbers = {
         column: None if row.get(column) is None else int(row[column]) for column in ("seed", "start", "stop", "step")
     }
     _check_frames(job, numbers, where)
-    own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with"))
+    own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with") or None)
     return Pair(source, str(prompt), numbers["seed"], row.get("category") or None, own)
 
 
@@ -101,32 +105,56 @@ def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> No
 
 def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
     """Return the prompts of a table, each with its class if there is a column `category`."""
-    found = read_table(table.uri, job.storage_options)
-    if table.column not in found.column_names:
-        raise PlanError(
-            f"prompts.column: {table.column!r} is not in {table.uri}; it has {', '.join(found.column_names)}"
-        )
+    names, rows = read_table(table.uri, job.storage_options)
+    if table.column not in names:
+        raise PlanError(f"prompts.column: {table.column!r} is not in {table.uri}; it has {', '.join(names)}")
     prompts = []
-    for number, row in enumerate(found.to_pylist(), 1):
-        if row[table.column] in (None, ""):
+    for number, row in enumerate(rows, 1):
+        prompt, category = row[table.column], row.get("category")
+        if prompt in (None, ""):
             raise PlanError(f"prompts: row {number} of {table.uri} has no {table.column}: fill or remove it")
-        category = row.get("category")
-        prompts.append((str(row[table.column]), str(category) if category else None))
+        expected, fits = _TEXT
+        if not fits(prompt):
+            raise PlanError(
+                f"prompts: row {number} of {table.uri} has {table.column} {prompt!r:.200}: expected {expected}. "
+                "Bytes are what a column is read as that is no UTF-8."
+            )
+        prompts.append((str(prompt), str(category) if category else None))
     return prompts
 
 
-def read_table(uri: str, storage_options: Mapping[str, Any]) -> Any:
-    """Return a Parquet, CSV or JSON-lines file as a pyarrow table; PlanError for anything else."""
-    readers = {
-        "parquet": pyarrow.parquet.read_table,
-        "csv": pyarrow.csv.read_csv,
-        "jsonl": pyarrow.json.read_json,
-    }
+def read_table(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns' names and the rows of a Parquet, CSV or JSON-lines file; PlanError for anything else."""
     ending = uri.rsplit(".", 1)[-1].lower()
-    if ending not in readers:
-        raise PlanError(f"{uri}: tables are {', '.join('.' + known for known in readers)}, told by their name's ending")
+    if ending not in _READERS:
+        raise PlanError(
+            f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
+        )
     data = read_uri(uri, storage_options)
     try:
-        return readers[ending](io.BytesIO(data))
-    except (pyarrow.ArrowException, OSError) as error:
+        table = _READERS[ending](data)
+        return table.column_names, table.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{uri}: it is no readable {ending} table: {error}") from error
+
+
+def _parquet(data: bytes) -> Any:
+    """Read a Parquet file, unless it says that it has more rows than any job: a few bytes can say so, and mean it."""
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+    rows = file.metadata.num_rows
+    if rows > MOST_ROWS:
+        raise pyarrow.ArrowInvalid(f"it has {rows} rows, expected at most {MOST_ROWS}. Split it, a job for each part")
+    return file.read()
+
+
+def _csv(data: bytes) -> Any:
+    # Quoted values may go over several lines; without this they may not where two of the reader's blocks meet.
+    return pyarrow.csv.read_csv(io.BytesIO(data), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+
+
+def _json_lines(data: bytes) -> Any:
+    return pyarrow.json.read_json(io.BytesIO(data))
+
+
+_READERS: dict[str, Callable[[bytes], Any]] = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines}
+MOST_ROWS = 10_000_000

@@ -32,6 +32,7 @@ class ModelNotFoundError(ValueError):
 def load(
     path: str,
     *,
+    name: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     execution: ExecutionSettings | None = None,
@@ -39,6 +40,7 @@ def load(
 ) -> Backbone:
     """Load a video diffusion transformer: `mini`, a diffusers folder, or a hub id.
 
+    name: what the model is called in what it makes, if it lies at `path` only by chance.
     dtype: float32, bfloat16, float16, or auto: 32 bits on a CPU; on a GPU what the model was released in.
     device: cpu, cuda, cuda:1, or auto. download: whether a hub id may be fetched (tens of gigabytes).
     Raises ModelNotFoundError. Only safetensors are read, and no code of the model's folder is run.
@@ -49,7 +51,7 @@ def load(
     precision = family.release_dtype(folder, target) if dtype == "auto" else _dtype(dtype)
     return family.load(
         folder,
-        name=path,
+        name=name or path,
         revision=folder_revision(folder),
         dtype=precision,
         device=target,

@@ -113,6 +113,10 @@ class Backbone(Protocol):
     execution: ExecutionSettings
     device: torch.device
 
+    def set_execution(self, asked: ExecutionSettings) -> None:
+        """Run from now on as asked, and say in `execution` how every `auto` was decided."""
+        ...
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """Shape of the latents of a clip, see `Geometry.latent_shape`."""
         ...

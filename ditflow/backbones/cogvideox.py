@@ -111,7 +111,8 @@ class CogVideoX:
         self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
         self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults or {})
         self.defaults = self.geometry.defaults
-        self.execution = self._settle_execution(execution or ExecutionSettings())
+        self.execution: ExecutionSettings
+        self.set_execution(execution or ExecutionSettings())
 
     # ------------------------------------------------------------------ geometry
 
@@ -332,13 +333,15 @@ class CogVideoX:
         per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
         return per_block * (max(hooks.capture) + 1) < 0.8 * _free_memory(self.device)
 
-    def _settle_execution(self, asked: ExecutionSettings) -> ExecutionSettings:
-        """Decide every `auto` that is one decision for the model's whole life, and apply it."""
+    def set_execution(self, asked: ExecutionSettings) -> None:
+        """Run from now on as asked; every `auto` but that of checkpointing is decided here, by the free memory."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         roomy = self.device.type != "cuda" or _free_memory(self.device) > self._decoder_bytes()
         tiling = ("off" if roomy else "on") if asked.vae_tiling == "auto" else asked.vae_tiling
         cfg = ("batched" if roomy else "serial") if asked.cfg == "auto" else asked.cfg
         self.vae.enable_tiling() if tiling == "on" else self.vae.disable_tiling()
-        return replace(asked, vae_tiling=tiling, cfg=cfg)
+        self.execution = replace(asked, vae_tiling=tiling, cfg=cfg)
 
     def _decoder_bytes(self) -> int:
         config = self.transformer.config

@@ -2,7 +2,8 @@
 
 Ray would repeat a task that raises for ever, and repeat a task whose process dies for ever too. So nothing raises out
 of a stage: an error becomes a `Fault` that travels with the row. A process that dies leaves its mark in the ledger,
-and the next process that is handed the same work gives it up when there are too many.
+and the next process that is handed the same work gives it up when there are too many. A fault that no row is to blame
+for travels as well, to the driver, which stops the job.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from pipeline.faults import Fault, Ledger, classify, retry_faults
+from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
 from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.store import Store
 
 _Result = TypeVar("_Result")
-_WORTH_ANOTHER_TRY = ("transient", "out_of_memory")
+Rung = Callable[[], AbstractContextManager[None]]
+"""A way to do the work, entered for its length."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,47 @@ class Outcome(Generic[_Result]):
         return json.dumps(self.fault and {**asdict(self.fault), "attempts": self.attempts})
 
 
+def stopped(work_id: str, error: Exception) -> dict[str, Any]:
+    """Return the row that tells the driver to stop the job, and why; nothing is recorded of its work."""
+    return shown({"row_id": work_id, "status": STOPPED, "error_message": classify(error).message})
+
+
+STOPPED = "stopped"
+"""The status of a row that no fault of its own kept from being made; never in a manifest."""
+
+
+def shown(record: Mapping[str, Any], blamed: str | None = None) -> dict[str, Any]:
+    """Return what the driver is told of a row. blamed: what failed it along with other rows, such as its reference."""
+    keys = ("row_id", "status", "loss_final", "seconds_total", "error_message")
+    return {**{key: record.get(key) for key in keys}, "blamed": blamed or record["row_id"]}
+
+
 def earlier_fault(row: Mapping[str, Any]) -> Outcome[Any] | None:
-    """Return how an earlier stage failed this row, or None if none did."""
+    """Return how an earlier stage failed this row, or None if none did.
+
+    Raises JobStoppedError for a fault that no row is to blame for.
+    """
     values = json.loads(row.get("fault", "null"))
     if values is None:
         return None
     attempts = values.pop("attempts")
-    return Outcome(None, Fault(**values), attempts)
+    return Outcome(None, _rows_own(Fault(**values)), attempts)
+
+
+def _rows_own(fault: Fault) -> Fault:
+    if fault.stops_job:
+        raise JobStoppedError(fault.message)
+    return fault
+
+
+def faultless() -> Outcome[Any]:
+    """Return the outcome of work that there was none of."""
+    return Outcome(None, None, 0)
+
+
+def not_to_blame(error: Exception) -> Outcome[Any]:
+    """Return the outcome of work that was kept from being done by what no row is to blame for."""
+    return Outcome(None, fault_of_job(error), 0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +95,7 @@ class Desk:
     @cached_property
     def store(self) -> Store:
         """The job's output folder."""
-        return Store(self.job.output.uri, self.job.storage_options)
+        return self.job.store()
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -72,10 +108,16 @@ class Desk:
         return Ledger(self.store)
 
     def attempt(
-        self, work_id: str, work: Callable[[], _Result], sleep: Callable[[float], None] = time.sleep
+        self,
+        work_id: str,
+        work: Callable[[], _Result],
+        sleep: Callable[[float], None] = time.sleep,
+        lighter: Rung | None = None,
     ) -> Outcome:
-        """Do `work`, again after errors that may pass, and return how it ended. Raises only what storage raises.
+        """Do `work`, again after errors that may pass, and return how it ended.
 
+        Raises what storage raises, and JobStoppedError for an error that no row is to blame for.
+        lighter: a way that needs less memory, for one more try when the memory was not enough.
         Call `ledger.end(work_id)` when the outcome is safe.
         """
         policy = self.job.faults
@@ -83,22 +125,37 @@ class Desk:
         if number > 1 and self.ledger.expired(work_id):
             return Outcome(None, _too_slow(policy.row_deadline_s), number - 1)
         if number > policy.worker_died_attempts:
-            return Outcome(None, _killer(number - 1), number - 1)
+            return Outcome(None, _killer(number - 1, self.ledger.noted(work_id)), number - 1)
         begun = iter([number])
 
         def once_more() -> _Result:
             nonlocal number
             number = next(begun, 0) or self._begin(work_id)
-            with self._deadline(work_id):
+            with self._deadline(work_id), self._sound_device(work_id):
                 return work()
 
+        rungs: list[Rung] = [nullcontext, *([lighter] if lighter is not None else [])]
+        for rung in rungs:
+            try:
+                with rung():
+                    result = retry_faults(once_more, policy.attempts, policy.base_seconds, policy.max_seconds, sleep)
+                return Outcome(result, None, number)
+            except Exception as error:
+                fault = classify(error)
+                if fault.kind != "out_of_memory":
+                    break
+        return Outcome(None, _rows_own(fault), number)
+
+    @contextmanager
+    def _sound_device(self, work_id: str) -> Iterator[None]:
+        """End this process after an error that spoils its GPU for every later row; the next one tries the row again."""
         try:
-            result = retry_faults(
-                once_more, policy.attempts, policy.base_seconds, policy.max_seconds, sleep, kinds=_WORTH_ANOTHER_TRY
-            )
+            yield
         except Exception as error:
-            return Outcome(None, classify(error), number)
-        return Outcome(result, None, number)
+            if breaks_device(error):
+                self.ledger.note(work_id, classify(error).message)
+                os._exit(1)
+            raise
 
     @contextmanager
     def _deadline(self, work_id: str) -> Iterator[None]:
@@ -132,10 +189,15 @@ def _too_slow(seconds: float) -> Fault:
     )
 
 
-def _killer(attempts: int) -> Fault:
+def _killer(attempts: int, last_words: str) -> Fault:
+    why = (
+        f"after an error of its GPU: {last_words}"
+        if last_words
+        else "without an error of its own: a crash in native code, the machine's memory, or a preempted machine"
+    )
     return Fault(
         "worker_died",
         "WorkerDied",
-        f"the process ended {attempts} times in the middle of this row, without an error of its own: a crash in native "
-        "code, the machine's memory, or a preempted machine. Retry with --retry quarantined, or remove the input.",
+        f"the process ended {attempts} times in the middle of this row, {why}. Retry with --retry quarantined, or "
+        "remove the input.",
     )

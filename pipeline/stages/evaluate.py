@@ -17,7 +17,7 @@ from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
 from pipeline.plan import Input
-from pipeline.stages.attempt import Desk, Outcome
+from pipeline.stages.attempt import Desk, Outcome, shown, stopped
 from pipeline.stages.read import Row, read_unchanged
 
 
@@ -36,15 +36,19 @@ class EvaluateRow:
         """Measure one row of the manifest (JSON); return what the driver shows."""
         made, names, started = json.loads(row["made"]), json.loads(row["metrics"]), time.perf_counter()
         work_id = f"evaluate-{made['row_id']}"
-        outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names))
-        self._desk.ledger.end(work_id)
-        return {
-            "row_id": made["row_id"],
-            "status": "ok" if outcome.fault is None else "failed",
-            "loss_final": None,
-            "seconds_total": time.perf_counter() - started,
-            "error_message": outcome.fault and outcome.fault.message,
-        }
+        try:
+            outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names))
+            self._desk.ledger.end(work_id)
+        except Exception as error:
+            return stopped(made["row_id"], error)
+        return shown(
+            {
+                "row_id": made["row_id"],
+                "status": "ok" if outcome.fault is None else "failed",
+                "seconds_total": time.perf_counter() - started,
+                "error_message": outcome.fault and outcome.fault.message,
+            }
+        )
 
     def _measure(self, made: dict[str, Any], names: list[str]) -> None:
         clip = EvaluatedClip(self._generated(made), self._reference(made), made["prompt"])

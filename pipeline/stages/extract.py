@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings
 from pipeline.job import Job
 from pipeline.plan import WorkRow
-from pipeline.stages.attempt import Desk, Outcome, earlier_fault
+from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
 from pipeline.stages.read import Row, motion_key
 from pipeline.stages.worker import Worker
 
@@ -22,20 +23,32 @@ class ExtractMotion:
     """Stores the motion of decoded references under `amf/`; adds amf_uri, seconds_extract and fault."""
 
     def __init__(self, job: Job, model_revision: str):
-        self._desk, self._worker = Desk(job), Worker(job, model_revision)
+        self._desk, self._revision = Desk(job), model_revision
+
+    @cached_property
+    def _worker(self) -> Worker:
+        """The model, loaded for the first reference: what goes wrong then is told by its row."""
+        return Worker(self._desk.job, self._revision)
 
     def __call__(self, row: Row) -> Row:
         """Replace the frames of a row by the URI of their motion."""
         frames, fps = row.pop("frames"), row.pop("fps")
-        key, started = motion_key(row["motion_id"]), time.perf_counter()
-        if earlier_fault(row) is None and len(frames):
-            method = self._desk.job.variants[variant_of(row)].method
-            outcome: Outcome[None] = self._desk.attempt(
-                row["motion_id"], lambda: self._extract(key, frames, fps, method)
-            )
-            self._desk.ledger.end(row["motion_id"])
+        key, seconds = motion_key(self._desk.job, row["motion_id"]), 0.0
+        if json.loads(row["fault"]) is None and len(frames):
+            try:
+                outcome, seconds = self._outcome(row, key, frames, fps)
+            except Exception as error:
+                outcome = not_to_blame(error)
             row["fault"] = outcome.fault_json()
-        return {**row, "amf_uri": self._desk.store.uri_of(key), "seconds_extract": time.perf_counter() - started}
+        return {**row, "amf_uri": self._desk.store.uri_of(key), "seconds_extract": seconds}
+
+    def _outcome(self, row: Row, key: str, frames: np.ndarray, fps: float) -> tuple[Outcome[None], float]:
+        """Extract and store the motion; return how that ended, and after how many seconds."""
+        work_id, method = row["motion_id"], self._desk.job.variants[variant_of(row)].method
+        lighter, started = self._worker.lighter, time.perf_counter()
+        outcome = self._desk.attempt(work_id, lambda: self._extract(key, frames, fps, method), lighter=lighter)
+        self._desk.ledger.end(work_id)
+        return outcome, time.perf_counter() - started
 
     def _extract(self, key: str, frames: np.ndarray, fps: float, method: MethodSettings) -> None:
         motion = extract_motion(self._worker.backbone, frames, method)
@@ -49,9 +62,8 @@ def variant_of(row: Row) -> str:
 
 def without_motion(work: WorkRow) -> Row:
     """Return a row for work that needs no reference's motion, as `fan_out` returns the others."""
-    no_fault: Outcome[None] = Outcome(None, None, 0)
     nothing = {"amf_uri": "", "seconds_read": 0.0, "seconds_extract": 0.0}
-    return {"work": work.to_json(), **nothing, "fault": no_fault.fault_json()}
+    return {"work": work.to_json(), **nothing, "fault": faultless().fault_json()}
 
 
 def fan_out(row: Row) -> Iterator[Row]:

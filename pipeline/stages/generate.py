@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ditflow.bank import MotionBank
@@ -18,10 +18,10 @@ from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
 from pipeline.job import DEFAULT_FPS, Job
 from pipeline.plan import Input, WorkRow
-from pipeline.stages.attempt import Desk, Outcome, earlier_fault
+from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
 from pipeline.stages.read import Row, read_unchanged
 from pipeline.stages.worker import Worker
-from pipeline.store import Stored, read_uri
+from pipeline.store import Stored
 
 Columns = dict[str, Any]
 """Values of manifest columns."""
@@ -35,7 +35,6 @@ class FinishRow:
     def __init__(self, job: Job, model_revision: str):
         self._job, self._revision = job, model_revision
         self._desk = Desk(job)
-        self._worker = None if job.kind == "extract" else Worker(job, model_revision)
         self._motion = lru_cache(maxsize=2)(self._read_motion)
         self._bank = lru_cache(maxsize=2)(self._read_bank)
         self._makers: dict[str, Callable[[WorkRow, Row], Columns]] = {
@@ -45,12 +44,29 @@ class FinishRow:
             "build-bank": self._build_bank,
         }
 
+    @cached_property
+    def _worker(self) -> Worker | None:
+        """The model, loaded for the first row: what goes wrong then is told by that row."""
+        return None if self._job.kind == "extract" else Worker(self._job, self._revision)
+
     def __call__(self, row: Row) -> Row:
         """Make one row's output and commit it; return what the driver shows."""
         work = WorkRow.from_json(row["work"])
+        try:
+            earlier = earlier_fault(row)
+            # Ray runs a finished row again when the machine that kept its result is gone.
+            committed = self._desk.manifest.recorded(work.row_id) or self._finish(work, row, earlier)
+            self._desk.ledger.end(work.row_id)
+        except Exception as error:
+            return stopped(work.row_id, error)
+        return shown(committed, blamed=work.motion_id if earlier else None)
+
+    def _finish(self, work: WorkRow, row: Row, earlier: Outcome[Columns] | None) -> Columns:
+        """End the row, as an earlier stage or this one says, and return its record."""
+        lighter = None if self._worker is None else self._worker.lighter
         started_at, started = datetime.now(UTC), time.perf_counter()
-        outcome: Outcome[Columns] = earlier_fault(row) or self._desk.attempt(work.row_id, lambda: self._make(work, row))
-        committed = self._desk.manifest.commit(
+        outcome = earlier or self._desk.attempt(work.row_id, lambda: self._make(work, row), lighter=lighter)
+        return self._desk.manifest.commit(
             {
                 **self._identity(work, row),
                 **(outcome.result or {}),
@@ -60,8 +76,6 @@ class FinishRow:
                 "seconds_total": time.perf_counter() - started,
             }
         )
-        self._desk.ledger.end(work.row_id)
-        return {key: committed[key] for key in ("row_id", "status", "loss_final", "seconds_total", "error_message")}
 
     # ------------------------------------------------------------------ what is made
 
@@ -73,7 +87,7 @@ class FinishRow:
 
     def _take_motion(self, work: WorkRow, row: Row) -> Columns:
         """The output of an `extract` job is there already: the motion itself."""
-        data = read_uri(row["amf_uri"], self._job.storage_options)
+        data = self._job.read(row["amf_uri"])
         motion = MotionReference.from_bytes(data, row["amf_uri"])
         stored = Stored(row["amf_uri"], hashlib.sha256(data).hexdigest(), len(data))
         return {**_stored(stored), **_video(self._job.references.size, motion.fps)}
@@ -95,7 +109,7 @@ class FinishRow:
         encoding = time.perf_counter()
         data = encode_video(result.video, fps)
         encoded = time.perf_counter()
-        stored = self._desk.store.put(f"videos/{work.row_id}.mp4", data)
+        stored = self._desk.store.put(self._job.key("videos", f"{work.row_id}.mp4"), data)
         timings = {"seconds_encode": encoded - encoding, "seconds_write": time.perf_counter() - encoded}
         return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
 
@@ -123,7 +137,7 @@ class FinishRow:
         }
         bank = replace(result.bank, header=replace(result.bank.header, provenance=provenance))
         writing = time.perf_counter()
-        stored = self._desk.store.put(f"banks/{work.row_id}.safetensors", bank.to_bytes())
+        stored = self._desk.store.put(self._job.key("banks", f"{work.row_id}.safetensors"), bank.to_bytes())
         timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}
         return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
 
@@ -147,7 +161,7 @@ class FinishRow:
         return self._job_of(work).method
 
     def _read_motion(self, uri: str) -> MotionReference:
-        return MotionReference.from_bytes(read_uri(uri, self._job.storage_options), uri)
+        return MotionReference.from_bytes(self._job.read(uri), uri)
 
     def _read_bank(self, bank: Input) -> MotionBank:
         return MotionBank.from_bytes(read_unchanged(bank, self._job), bank.uri)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ditflow.video import Clip, read_video
+from ditflow.video import Clip, OversizedVideoError, read_video
+from pipeline.cache import node_cache
 from pipeline.job import Job
 from pipeline.plan import Input, WorkRow
-from pipeline.stages.attempt import Desk, Outcome
-from pipeline.store import read_uri
+from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
+from pipeline.store import open_fs
 
 Row = dict[str, Any]
 """One row of a dataset: JSON texts, numbers, and at most one array of frames."""
@@ -26,9 +31,9 @@ class ChangedInputError(RuntimeError):
     """A reference or bank is not what it was when the job was planned."""
 
 
-def motion_key(motion_id: str) -> str:
+def motion_key(job: Job, motion_id: str) -> str:
     """Where a reference's extracted motion is stored."""
-    return f"amf/{motion_id}.safetensors"
+    return job.key("amf", f"{motion_id}.safetensors")
 
 
 def read_reference(row: Row, job: Job) -> Row:
@@ -36,42 +41,94 @@ def read_reference(row: Row, job: Job) -> Row:
 
     Adds frames (uint8 [T, H, W, 3], or no frames), fps, seconds_read, and fault (JSON) if it failed.
     """
-    desk = Desk(job)
     started = time.perf_counter()
-    clip, fault = _NO_CLIP, Outcome[Clip](None, None, 0).fault_json()
-    if not desk.store.exists(motion_key(row["motion_id"])):
-        work = WorkRow.from_json(json.loads(row["work"])[0])
-        work_id = f"read-{row['motion_id']}"
-        outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, job))
-        desk.ledger.end(work_id)
-        clip, fault = outcome.result or _NO_CLIP, outcome.fault_json()
+    try:
+        outcome = _outcome(row, Desk(job))
+    except Exception as error:
+        outcome = not_to_blame(error)
+    clip = outcome.result or _NO_CLIP
     return {
         **row,
         "frames": clip.frames,
         "fps": clip.fps,
         "seconds_read": time.perf_counter() - started,
-        "fault": fault,
+        "fault": outcome.fault_json(),
     }
+
+
+def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
+    """Read the clip if it is needed, and return how that ended."""
+    if desk.store.exists(motion_key(desk.job, row["motion_id"])):
+        return faultless()
+    work = WorkRow.from_json(json.loads(row["work"])[0])
+    work_id = f"read-{row['motion_id']}"
+    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job))
+    desk.ledger.end(work_id)
+    return outcome
 
 
 def _read_clip(work: WorkRow, job: Job) -> Clip:
     assert work.reference is not None
     settings = job.with_own(work.own).references
-    return read_video(
-        read_unchanged(work.reference, job),
-        frames=settings.frames,
-        height=settings.height,
-        width=settings.width,
-        start=settings.start,
-        stride=settings.stride,
-        fit=settings.fit,
-        name=work.reference.uri,
-    )
+    check_size(work.reference.uri, job)
+    with bounded_memory(settings.max_memory_bytes):
+        return read_video(
+            read_unchanged(work.reference, job),
+            frames=settings.frames,
+            height=settings.height,
+            width=settings.width,
+            start=settings.start,
+            stride=settings.stride,
+            fit=settings.fit,
+            max_pixels_per_frame=settings.max_pixels,
+            name=work.reference.uri,
+        )
+
+
+def check_size(uri: str, job: Job) -> None:
+    """Raise OversizedVideoError for a reference that is larger than `references.max_bytes`, at the cost of a look-up.
+
+    A file that cannot be looked up passes: reading it tells why in the storage's own words.
+    """
+    fs, path = open_fs(uri, job.storage_options)
+    try:
+        size = fs.info(path).get("size")
+    except OSError:
+        return
+    limit = job.references.max_bytes
+    if size is not None and size > limit:
+        raise OversizedVideoError(
+            f"{uri}: the file has {size} bytes, more than the accepted {limit}. Cut out the part that is used (ffmpeg "
+            "-ss FROM -t SECONDS -i IN OUT.mp4), or raise references.max_bytes and references.max_memory_bytes."
+        )
+
+
+@contextmanager
+def bounded_memory(extra_bytes: int) -> Iterator[None]:
+    """Let this process take so many more bytes during a `with` block; beyond them, allocations fail.
+
+    A video of two kilobytes can make a demuxer fill gigabytes: its index says how many frames there are, and the
+    demuxer makes room for all. This turns a machine that dies of it into one failed row. It counts what the process
+    may write to (RLIMIT_DATA), not what it has mapped: object stores and libraries are no concern. On systems
+    without /proc nothing is bounded.
+    """
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(statistics.read_text().split()[5]) * resource.getpagesize()
+    known = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([used + extra_bytes, *known]), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def read_unchanged(source: Input, job: Job) -> bytes:
     """Return the bytes of a reference or bank; ChangedInputError if they are not those that were planned."""
-    data = read_uri(source.uri, job.storage_options)
+    data = node_cache(job).read(source.uri, source.sha256, lambda: job.read(source.uri))
     found = hashlib.sha256(data).hexdigest()
     if source.sha256 not in (None, found):
         raise ChangedInputError(

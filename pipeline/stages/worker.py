@@ -7,13 +7,17 @@ import platform
 import resource
 import socket
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import torch
 
 from ditflow import backbones
+from pipeline.cache import local_model
 from pipeline.job import Job
+from pipeline.stages.attempt import Rung
 
 _VERSIONS = ("ditflow", "torch", "diffusers", "transformers", "ray", "av", "numpy")
 
@@ -30,13 +34,34 @@ class Worker:
             torch.set_num_threads(job.resources.threads)
         model = job.model
         self.backbone = backbones.load(
-            model.path, dtype=model.dtype, device=model.device, execution=model.execution, download=model.download
+            local_model(job),
+            name=model.path,
+            dtype=model.dtype,
+            device=model.device,
+            execution=model.execution,
+            download=model.download,
         )
         if self.backbone.revision != model_revision:
             raise ModelChangedError(
                 f"{model.path} has revision {self.backbone.revision} on {socket.gethostname()}, and the job was "
                 f"planned with {model_revision}: the machines hold different models. Give all the same folder."
             )
+
+    @property
+    def lighter(self) -> Rung | None:
+        """The way of working that needs the least memory, or None if that is the usual one."""
+        usual = self.backbone.execution
+        lightest = replace(usual, checkpointing="on", cfg="serial", vae_tiling="on")
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            self.backbone.set_execution(lightest)
+            try:
+                yield
+            finally:
+                self.backbone.set_execution(usual)
+
+        return None if usual == lightest else entered
 
     def reset_peak_memory(self) -> None:
         """Begin a new peak; on a CPU the peak is the process's, from its start."""

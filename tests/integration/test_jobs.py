@@ -20,8 +20,10 @@ from ditflow.bank import MotionBank
 from ditflow.video import probe_video
 from jobs.cli import app
 from jobs.spec import load_spec
+from pipeline.faults import JobStoppedError
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
+from pipeline.run import run_plan
 from pipeline.stages.generate import FinishRow
 from pipeline.store import Store
 
@@ -277,3 +279,11 @@ def test_a_row_beyond_its_deadline_fails_and_harms_no_other(job_folder, monkeypa
     row = next(row for row in rows_of(job_folder / "out") if row["seed"] == 13)
     assert (row["error_kind"], row["error_class"]) == ("deadline", "DeadlineExceeded")
     assert not list((job_folder / "out/attempts").rglob("*.*"))
+
+
+def test_what_meets_every_row_stops_the_job_at_once_with_its_message(job_folder):
+    spec = load_spec(write_spec(job_folder, seeds=list(range(50))))
+    plan = make_plan(spec.job, spec.model.revision)
+    with pytest.raises(JobStoppedError, match="planned with 0123"):
+        run_plan(spec.job, plan, "0123", spec.yaml, lambda row: pytest.fail(str(row)))
+    assert rows_of(job_folder / "out") == []

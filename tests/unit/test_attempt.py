@@ -4,13 +4,15 @@ import json
 import random
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
 
 import pytest
 
-from pipeline.faults import Fault, Policy
+from pipeline.faults import Fault, JobStoppedError, Policy
 from pipeline.job import Job, Output
-from pipeline.stages.attempt import Desk, Outcome, earlier_fault
-from pipeline.store import StoreError
+from pipeline.stages.attempt import Desk, Outcome, earlier_fault, not_to_blame
+from pipeline.store import StoreError, StoreUnwritableError
 
 ID = "0a1b2c"
 POLICY = Policy(attempts=4, worker_died_attempts=5, base_seconds=0.5, max_seconds=3.0)
@@ -77,14 +79,74 @@ def test_a_storage_error_that_calls_itself_transient_is_tried_again(desk):
     assert desk.attempt(ID, failing(error, error), lambda _: None).attempts == 3
 
 
+class Rung:
+    """A lighter way to work that remembers when it was entered and left."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.events.append("entered")
+        yield
+        self.events.append("left")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
-def test_out_of_memory_is_tried_again(desk, error):
-    assert desk.attempt(ID, failing(error), lambda _: None) == Outcome("done", None, 2)
+def test_out_of_memory_is_tried_once_more_in_the_lighter_way(desk, error):
+    lighter = Rung()
+    work = failing(error)
+    tries: list[list[str]] = []
+
+    def noted() -> str:
+        tries.append([*lighter.events])
+        return work()
+
+    assert desk.attempt(ID, noted, never, lighter=lighter) == Outcome("done", None, 2)
+    assert tries == [[], ["entered"]]
 
 
-def test_out_of_memory_at_every_try_is_recorded_as_such(desk):
-    outcome = desk.attempt(ID, failing(*[MemoryError("full")] * 9), lambda _: None)
-    assert (outcome.fault, outcome.attempts) == (Fault("out_of_memory", "MemoryError", "full"), POLICY.attempts)
+def test_out_of_memory_in_the_lighter_way_too_is_recorded_as_such(desk):
+    outcome = desk.attempt(ID, failing(*[MemoryError("full")] * 9), never, lighter=Rung())
+    assert (outcome.fault, outcome.attempts) == (Fault("out_of_memory", "MemoryError", "full"), 2)
+
+
+def test_out_of_memory_where_there_is_no_lighter_way_ends_the_work(desk):
+    assert desk.attempt(ID, failing(*[MemoryError("full")] * 9), never).attempts == 1
+
+
+def test_other_errors_never_lead_to_the_lighter_way(desk):
+    lighter = Rung()
+    desk.attempt(ID, failing(LOST, ValueError("bad")), lambda _: None, lighter=lighter)
+    assert lighter.events == []
+
+
+def test_an_output_that_cannot_be_written_to_is_no_fault_of_the_row(desk):
+    refused = StoreUnwritableError("cannot write 's3://b/videos/x.mp4': access was refused")
+    with pytest.raises(JobStoppedError, match="access was refused"):
+        desk.attempt(ID, failing(refused), never)
+
+
+def test_a_fault_of_the_job_on_its_way_stops_who_reads_it():
+    fault = not_to_blame(StoreError("the storage is gone")).fault_json()
+    with pytest.raises(JobStoppedError, match="the storage is gone"):
+        earlier_fault({"row_id": ID, "fault": fault})
+
+
+def test_an_error_that_spoils_the_device_ends_the_process_and_the_next_one_tells_why(desk):
+    def spoil() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for _ in range(POLICY.worker_died_attempts):
+        process = get_context("fork").Process(target=desk.attempt, args=(ID, spoil, never))
+        process.start()
+        process.join()
+        assert process.exitcode == 1
+    outcome = desk.attempt(ID, lambda: pytest.fail("it was run"), never)
+    assert outcome.fault.kind == "worker_died"
+    assert "an illegal memory access was encountered" in outcome.fault.message
+    desk.ledger.end(ID)
+    assert desk.store.list() == []
 
 
 def test_a_permanent_error_after_a_transient_one_ends_the_work(desk):
@@ -117,11 +179,11 @@ def test_what_a_failed_try_held_in_memory_is_free_before_the_next_one_begins(des
         assert [reference() for reference in held] == [None] * len(held)
         activations = Tensor()
         held.append(weakref.ref(activations))
-        if len(held) < 3:
+        if len(held) < 2:
             raise MemoryError
         return "done"
 
-    assert desk.attempt(ID, work, lambda _: None) == Outcome("done", None, 3)
+    assert desk.attempt(ID, work, never, lighter=Rung()) == Outcome("done", None, 2)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

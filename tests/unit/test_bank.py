@@ -159,6 +159,68 @@ def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
         MotionBank.from_bytes(damage(rotary), "my.safetensors")
 
 
+def with_header(learned: Learned, **changes) -> bytes:
+    return write_artifact("motion bank", 1, {**header_of(learned), **changes}, {})
+
+
+def renamed(learned: Learned, name: str) -> bytes:
+    return write_artifact("motion bank", 1, header_of(learned), {name: torch.zeros(2, 2)})
+
+
+def rewritten(learned: Learned, change) -> bytes:
+    """The file with another header of safetensors, of any content and the right length."""
+    length = int.from_bytes(learned.data[:8], "little")
+    text = change(learned.data[8 : 8 + length])
+    return len(text).to_bytes(8, "little") + text + learned.data[8 + length :]
+
+
+def bare(header: dict, tensors: bytes = b"") -> bytes:
+    """A file of safetensors, by hand."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+DAMAGED = {
+    "no format": (lambda bank: with_header(bank, format=None), "format None, expected a number"),
+    "a grid of text": (lambda bank: with_header(bank, grid="abc"), "grid 'abc': expected three counts"),
+    "a grid of nothing": (lambda bank: with_header(bank, grid=[0, 4, 4]), "grid .*expected three counts"),
+    "a schedule of text": (lambda bank: with_header(bank, timesteps="999"), "timesteps '999': expected up to 1000"),
+    "a schedule of millions": (lambda bank: with_header(bank, timesteps=[0] * 10**6), "timesteps .*up to 1000"),
+    "steps of text": (lambda bank: with_header(bank, steps="4"), "steps '4': expected a count"),
+    "losses of text": (lambda bank: with_header(bank, losses=["ab"]), "losses .*expected a list of numbers"),
+    "a step without losses": (lambda bank: with_header(bank, losses=[[]]), "losses .*expected a list of numbers"),
+    "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5: expected a text"),
+    "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance .*three counts"),
+    "an unknown field": (lambda bank: with_header(bank, colour="red"), "incomplete or unknown"),
+    "a tensor without a step": (lambda bank: renamed(bank, "latent"), "tensor 'latent', expected latents or step"),
+    "a tensor of a step beyond": (lambda bank: renamed(bank, "step.2.query_cos"), "S below 2"),
+    "a tensor of the last step but one": (lambda bank: renamed(bank, "step.-1.query_cos"), "S below 2"),
+    "a header in pieces": (
+        lambda bank: rewritten(bank, lambda text: text.replace(b'{\\"format', b'[\\"format')), "that is no JSON "
+    ),
+    "a header that is a list": (lambda bank: bare({"__metadata__": {"ditflow": "[1]"}}), r"no JSON object but \[1\]"),
+    "a header nested without end": (lambda bank: bare({"__metadata__": {"ditflow": "[" * 100_000}}), "is no JSON "),
+    "no header": (lambda bank: bare({"__metadata__": None}), "it is a safetensors file of other origin"),
+    "a tensor of an unknown type": (
+        lambda bank: rewritten(bank, lambda text: text.replace(b'"F32"', b'"F99"')), "not a safetensors file"
+    ),
+    "a tensor of a rare type": (
+        lambda bank: bare({"latents": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"ab"),
+        "not a safetensors file|no motion bank",
+    ),
+    "a header of 9 megabytes": (
+        lambda bank: rewritten(bank, lambda text: text + b" " * 9 * 2**20), "a header of .* bytes, expected at most"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_bank_is_refused_with_what_is_wrong(rotary, damage, message):
+    with pytest.raises(ArtifactError, match=f"^my.safetensors .*(?:{message})") as caught:
+        MotionBank.from_bytes(damage(rotary), "my.safetensors")
+    assert len(str(caught.value)) < 1000
+
+
 # ---------------------------------------------------------------------- reuse
 
 

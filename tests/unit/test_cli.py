@@ -23,6 +23,7 @@ from ditflow.bank import MotionBank
 from ditflow.reference import MotionReference
 from ditflow.video import probe_video, read_video, write_video
 from jobs.cli import app
+from pipeline.lease import Lease, LeaseHeldError
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
 from pipeline.record import COLUMN_NAMES, make_row
@@ -693,6 +694,32 @@ def test_verify_finds_a_missing_a_changed_and_a_superfluous_file_and_ends_with_s
     assert "output_missing: row-1" in told.stdout
     assert "output_sha256" not in told.stdout
     assert told.stderr == "3 rows, 2 problems\n"
+
+
+def test_verify_clean_removes_what_killed_runs_left_and_says_what(output):
+    store = Store(str(output))
+    store.put("videos/row-9.mp4", b"of a row in flight")
+    store.put("attempts/row-1/001.json", b"{}")
+    store.put("attempts/row-9/001.json", b"{}")
+    (output / "videos/.tmp-12").write_bytes(b"half a video")
+    result = ditflow("manifest", "verify", output, "--clean")
+    assert "removed videos/row-9.mp4" in result.stderr
+    assert "removed 1 unfinished files" in result.stderr
+    assert "3 rows, 0 problems" in result.stderr
+    assert store.list("attempts") == ["attempts/row-9/001.json"], "a row that has not ended keeps its tries"
+
+
+def test_nothing_is_cleaned_or_merged_while_a_run_is_at_work(output, monkeypatch):
+    def held(lease):
+        raise LeaseHeldError("another run is working on this output")
+
+    monkeypatch.setattr(Lease, "__enter__", held)
+    Store(str(output)).put("videos/row-9.mp4", b"of a row in flight")
+    for command in (("verify", "--clean"), ("compact",)):
+        (error,) = errors_of(ditflow("manifest", command[0], output, *command[1:], status=1))
+        assert "another run is working" in error
+    assert (output / "videos/row-9.mp4").exists()
+    assert (output / "manifest/row-1.parquet").exists()
 
 
 def test_verify_reports_a_damaged_manifest_file_and_the_rest_of_it(output):

@@ -10,9 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from botocore import exceptions as boto
 
-from pipeline.faults import MESSAGE_CHARACTERS, Fault, Ledger, Policy, classify, retry_faults
-from pipeline.record import RecordError
-from pipeline.store import StoreError, StoreForbiddenError, StoreMissingError
+from pipeline.faults import (
+    MESSAGE_CHARACTERS,
+    STOPS_JOB,
+    Fault,
+    Ledger,
+    Policy,
+    breaks_device,
+    classify,
+    retry_faults,
+)
+from pipeline.record import ERROR_KINDS, RecordError
+from pipeline.store import StoreError, StoreForbiddenError, StoreMissingError, StoreUnwritableError
 
 
 def client_error(status: int, code: str) -> boto.ClientError:
@@ -71,6 +80,27 @@ OUT_OF_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
     caused(RuntimeError("row failed"), OutOfMemoryError("CUDA out of memory")),
 ]  # fmt: skip
+
+
+DEVICE_BROKEN = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    caused(ValueError("row failed"), RuntimeError("CUDA error: device-side assert triggered")),
+]
+DEVICE_SOUND = [*OUT_OF_MEMORY, *PERMANENT, *TRANSIENT, ValueError("CUDA error: only a text")]
+
+
+@pytest.mark.parametrize("error", DEVICE_BROKEN + DEVICE_SOUND, ids=lambda value: repr(value)[:60])
+def test_only_errors_of_the_device_itself_spoil_it(error):
+    assert breaks_device(error) == (error in DEVICE_BROKEN)
+
+
+def test_an_output_that_refuses_to_be_written_to_stops_the_job():
+    fault = classify(caused(RuntimeError("while committing"), StoreUnwritableError("the disk is full")))
+    assert (fault.kind, fault.stops_job) == (STOPS_JOB, True)
+    assert not classify(StoreForbiddenError("an input")).stops_job
+    assert STOPS_JOB not in ERROR_KINDS
 
 
 @pytest.mark.parametrize(
@@ -167,6 +197,8 @@ def test_other_errors_are_not_tried_again(error):
     [
         ({"attempts": 0}, "attempts: 0"),
         ({"worker_died_attempts": 0}, "worker_died_attempts: 0"),
+        ({"max_failures_in_a_row": 0}, "max_failures_in_a_row: 0"),
+        ({"storage_patience_s": -1}, "storage_patience_s: -1"),
         ({"base_seconds": -1}, "base_seconds"),
         ({"base_seconds": 9, "max_seconds": 1}, "max_seconds"),
     ],

@@ -244,6 +244,48 @@ def test_compaction_may_end_anywhere_and_be_done_again(local_store, changes):
     assert all(key.startswith("manifest/merged-") for key in local_store.list("manifest"))
 
 
+def test_few_files_are_left_alone_when_only_many_are_worth_it(local_store):
+    manifest = Manifest(local_store)
+    for n in range(3):
+        manifest.commit(failed(f"r{n}"))
+    assert manifest.compact(least=4) == 0
+    assert len(local_store.list("manifest")) == 3
+    assert manifest.compact(least=3) == 3
+
+
+def test_cleaning_removes_what_no_record_names_and_nothing_else(store, manifest):
+    amf = store.put("amf/ab/m1.safetensors", b"motion")
+    manifest.commit(finished(store, "r1", amf_uri=amf.uri))
+    manifest.commit(failed("r2"))
+    store.put("videos/r3.mp4", b"of a row in flight when all was killed")
+    store.put("amf/m9.safetensors", b"of a job that never went on")
+    store.put("job.yaml", b"kind: synthesize")
+    assert sorted(problem.key for problem in manifest.clean()) == ["amf/m9.safetensors", "videos/r3.mp4"]
+    assert manifest.verify() == []
+    assert manifest.clean() == []
+    assert store.exists("job.yaml")
+    assert store.exists("amf/ab/m1.safetensors")
+
+
+def test_cleaning_removes_the_second_record_of_a_row_that_was_merged(store, manifest):
+    manifest.commit(failed("r1", seed=1))
+    manifest.commit(failed("r2"))
+    manifest.compact()
+    manifest.commit(failed("r1", seed=2))  # by a worker of a run that was thought dead
+    assert [problem.kind for problem in manifest.verify()] == ["row_duplicate"]
+    assert [problem.row_id for problem in manifest.clean()] == ["r1"]
+    assert manifest.verify() == []
+    assert manifest.get("r1")["seed"] == 1
+
+
+def test_nothing_is_cleaned_while_a_record_cannot_be_read(store, manifest):
+    manifest.commit(finished(store, "r1"))
+    store.put("manifest/r1.parquet", b"damaged")
+    with pytest.raises(ManifestError, match="no readable manifest file"):
+        manifest.clean()
+    assert store.exists("videos/r1.mp4")
+
+
 def test_a_reader_whose_files_are_merged_meanwhile_reads_every_row(local_store, monkeypatch):
     manifest = Manifest(local_store)
     for n in range(4):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hostile import SPECS
 
 from ditflow import backbones
 from jobs.spec import ReadySpec, SpecError, check_output, load_spec
@@ -400,6 +401,31 @@ def test_awkward_prompts_survive_the_way_through_yaml_twice(load):
     spec = load(text=text)
     assert list(spec.job.prompts) == AWKWARD
     assert list(load(text=spec.yaml).job.prompts) == AWKWARD
+
+
+# ------------------------------------------------------------------------------------------------------- hostile
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_hostile_spec_is_planned_or_refused_in_a_few_lines_that_name_the_place(load, mistakes, tmp_path, name):
+    hostile = SPECS[name]
+    text = hostile.build().replace("uri: OUT", f"uri: {tmp_path / 'out'}")
+    if hostile.says is None:
+        spec = load(text=text)
+        assert len(make_plan(spec.job, spec.model.revision).todo) == hostile.rows
+        return
+    said = mistakes(text=text)
+    assert re.search(hostile.says, "\n".join(said)), said[:3]
+    assert len(said) <= 101
+    assert len("\n".join(said)) < 50_000
+
+
+def test_an_alias_that_repeats_little_is_no_bomb(load):
+    text = SPEC.replace("resources: {extract: {actors: 1, gpus: auto}, generate: {actors: [1, 8], gpus: auto}}\n", "")
+    pools = "resources: {extract: &pool {actors: 2, gpus: auto}, generate: *pool}\n"
+    resources = load(text=text + pools).job.resources
+    assert resources.extract == resources.generate
+    assert resources.extract.bounds == (2, 2)
 
 
 # ------------------------------------------------------------------------------------------------------- secrets

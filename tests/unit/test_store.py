@@ -1,5 +1,6 @@
 """Facts about the storage: what a reader can see, who wins, what an error says, and what it never says."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -17,8 +18,10 @@ from pipeline.store import (
     StoreError,
     StoreForbiddenError,
     StoreMissingError,
+    StoreUnwritableError,
     fingerprint,
     list_uris,
+    patiently,
     read_uri,
     redact,
     sha256_of,
@@ -504,3 +507,125 @@ def test_the_hash_is_of_every_piece_of_a_streamed_file(store, monkeypatch):
     assert sha256_of(store.uri_of("a")) == hashlib.sha256(data).hexdigest()
     with pytest.raises(StoreMissingError):
         sha256_of(store.uri_of("nothing"))
+
+
+# --------------------------------------------------------------------------------------------------- left-overs
+
+
+def test_temporary_files_of_writers_that_died_are_removed(local_store):
+    local_store.put("videos/a.mp4", b"1")
+    root = Path(local_store.uri.removeprefix("file://"))
+    (root / "videos/.tmp-123").write_bytes(b"half")
+    (root / "banks").mkdir()
+    (root / "banks/.tmp-456").write_bytes(b"")
+    assert local_store.remove_unfinished() == 2
+    assert [path.name for path in root.rglob("*")] == ["videos", "a.mp4"]
+    assert local_store.remove_unfinished() == 0
+
+
+def test_uploads_of_writers_that_died_are_aborted_and_those_of_other_folders_are_not(s3_store):
+    s3_store.put("a", b"1")
+    fs, root = s3_store._at("")
+    bucket, folder, _ = fs.split_path(root)
+    for key in (f"{folder}/videos/half.mp4", f"{folder}-of-another/half.mp4"):
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    assert s3_store.remove_unfinished() == 1
+    assert s3_store.remove_unfinished() == 0
+    assert [one["Key"] for one in fs.list_multipart_uploads(bucket)] == [f"{folder}-of-another/half.mp4"]
+
+
+# ---------------------------------------------------------------------------------------------------- patience
+
+
+class Clock:
+    """Time that passes only in pauses."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.pauses = 0.0, []
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def test_an_error_that_passes_is_waited_out_and_one_that_does_not_is_raised_at_once(monkeypatch):
+    clock, errors = Clock(monkeypatch), [StoreError("503", transient=True)] * 9
+
+    def work() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert patiently(work, 300.0, clock.sleep) == "done"
+    assert len(clock.pauses) == 9
+    assert max(clock.pauses) <= store_module.LONGEST_PAUSE_S
+    errors.append(StoreMissingError("gone"))
+    with pytest.raises(StoreMissingError):
+        patiently(work, 300.0, clock.sleep)
+    assert len(clock.pauses) == 9
+
+
+def test_patience_ends_with_the_storages_own_error(monkeypatch):
+    clock, tries = Clock(monkeypatch), []
+
+    def work() -> None:
+        tries.append(1)
+        raise StoreError(f"try {len(tries)}", transient=True)
+
+    with pytest.raises(StoreError) as caught:
+        patiently(work, 100.0, clock.sleep)
+    assert str(caught.value) == f"try {len(tries)}"
+    assert 100 - store_module.LONGEST_PAUSE_S <= clock.now <= 100 + store_module.LONGEST_PAUSE_S
+
+
+def test_every_operation_of_a_patient_store_waits_and_none_of_an_impatient_one(local_store, monkeypatch):
+    local_store.put("a", b"1")
+    failures: list[int] = []
+    real = store_module.open_fs
+
+    def stuttering(*arguments):
+        if failures:
+            failures.pop()
+            raise StoreError("throttled", transient=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(store_module, "open_fs", stuttering)
+    monkeypatch.setattr(store_module, "LONGEST_PAUSE_S", 0.0)
+    operations = [
+        lambda store: store.read("a"), lambda store: store.exists("a"), lambda store: store.list(),
+        lambda store: store.put("b", b"2"), lambda store: store.create("c", b"3"), lambda store: store.delete("c"),
+    ]  # fmt: skip
+    for operation in operations:
+        failures[:] = [1, 1]
+        operation(Store(local_store.uri, patience_s=60.0))
+        assert failures == []
+        failures[:] = [1]
+        with pytest.raises(StoreError, match="throttled"):
+            operation(Store(local_store.uri))
+    assert pickle.loads(pickle.dumps(Store("/x", patience_s=7.0))).patience_s == 7.0
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_stored_as_its_content_would_be(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
+    content = bytes(range(256)) * 40
+    file = tmp_path / "bank.safetensors"
+    file.write_bytes(content)
+    assert store.put("banks/a", file) == store.put("banks/a", content)
+    assert store.read("banks/a") == content
+
+
+def test_writing_where_it_is_not_allowed_says_that_nothing_can_be_written(local_store):
+    local_store.put("folder/a", b"")
+    folder = Path(local_store.uri.removeprefix("file://")) / "folder"
+    folder.joinpath("blocked").write_bytes(b"")
+    with pytest.raises(StoreError) as caught:
+        local_store.put("folder/blocked/b", b"")  # a file where a folder is wanted: no question of rights
+    assert not isinstance(caught.value, StoreUnwritableError)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        assert isinstance(store_module._store_error("write", "/x", OSError(number, "full")), StoreUnwritableError)
+    assert isinstance(store_module._store_error("create", "/x", PermissionError("no")), StoreUnwritableError)
+    assert not isinstance(store_module._store_error("read", "/x", PermissionError("no")), StoreUnwritableError)

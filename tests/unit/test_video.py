@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_decoding_stops_with_the_last_wanted_frame(tmp_path, monkeypatch):
     )
     read(path, frames=5)
     assert len(decoded) <= 6
+
+
+def test_no_frame_is_kept_once_its_picture_is_taken(tmp_path):
+    """Without the help of the garbage collector, which may not come by for a hundred frames."""
+    content = save(tmp_path / "a.mp4", counting()).read_bytes()
+    gc.collect()
+    gc.disable()
+    try:
+        read(content)
+        kept = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert kept == 0
 
 
 # --- containers, codecs, pixel formats
@@ -426,6 +440,17 @@ def test_a_frame_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
 def test_requests_without_sense_are_refused(request_, message):
     with pytest.raises(VideoError, match=message):
         read(b"never opened", **request_)
+
+
+def test_a_description_of_a_network_session_opens_no_port(monkeypatch):
+    """FFmpeg's own way with it is to wait ten seconds for pictures from the network."""
+    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 50004 RTP/AVP 96\n"
+    session += b"a=rtpmap:96 H264/90000\n"
+    with pytest.raises(UndecodableVideoError, match="not a video that FFmpeg can open: it is text"):
+        read(session)
+    monkeypatch.setattr(video, "_FORMATS", "sdp")
+    with pytest.raises(UndecodableVideoError, match="not a video that FFmpeg can open|format or size cannot be found"):
+        read(session)
 
 
 def test_an_unknown_fit_is_refused():

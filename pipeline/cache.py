@@ -1,0 +1,134 @@
+"""Copies of remote files on this machine: fetched once, checked by their content, the oldest removed when it is full.
+
+References are kept under the hash of their content, model folders under a hash of their listing (names, sizes, ETags).
+Local files are used where they are. Several processes may use one cache: a copy is complete before it has its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditflow.cache import cache_folder
+from pipeline.job import Job
+from pipeline.store import Store, StoreMissingError, is_local
+
+_DOWNLOADS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class NodeCache:
+    """A folder of copies that holds at most `max_bytes`, but always the copy that was asked for last."""
+
+    folder: Path
+    max_bytes: int
+
+    def read(self, uri: str, sha256: str | None, fetch: Callable[[], bytes]) -> bytes:
+        """Return the content with this hash: the copy, or what `fetch` returns, of which a copy is kept.
+
+        A copy that is not what it should be is replaced. What is fetched is returned as it is: whether it has the hash
+        is for the caller to check; a copy is kept only if it has.
+        """
+        if is_local(uri) or sha256 is None:
+            return fetch()
+        file = self.folder / "files" / sha256
+        try:
+            data = file.read_bytes()
+            if _sha256(data) == sha256:
+                os.utime(file)
+                return data
+        except FileNotFoundError:
+            pass
+        data = fetch()
+        if _sha256(data) == sha256:
+            temporary = self._temporary()
+            temporary.write_bytes(data)
+            self._keep(temporary, file)
+        return data
+
+    def folder_of(self, store: Store) -> Path:
+        """Return a local copy of everything below the store's root.
+
+        Raises StoreMissingError for an empty or missing folder, StoreError from the storage.
+        """
+        listing = store.fingerprints()
+        if not listing:
+            raise StoreMissingError(f"there is nothing in {store.uri}: expected a diffusers model folder")
+        name = _sha256("\n".join(f"{key} {mark}" for key, mark in sorted(listing.items())).encode())
+        copy = self.folder / "models" / name
+        if copy.is_dir():
+            os.utime(copy)
+            return copy
+        temporary = self._temporary()
+        try:
+            with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+                list(pool.map(lambda key: store.download(key, temporary / key), listing))
+            self._keep(temporary, copy)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a copy that failed or came second
+        return copy
+
+    def _temporary(self) -> Path:
+        folder = self.folder / "unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / uuid.uuid4().hex
+
+    def _keep(self, temporary: Path, copy: Path) -> None:
+        """Give a complete copy its name, unless another process was faster, and make room."""
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(temporary, copy)
+        except OSError:
+            if not copy.is_dir():
+                raise
+        self._make_room(copy)
+
+    def _make_room(self, newest: Path) -> None:
+        """Remove the copies that were not used for longest until the rest fits."""
+        copies = [*self.folder.glob("files/*"), *self.folder.glob("models/*")]
+        by_age = sorted((path for path in copies if path != newest), key=_last_used, reverse=True)
+        held = _bytes_of(newest)
+        for path in by_age:
+            held += _bytes_of(path)
+            if held > self.max_bytes:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def node_cache(job: Job) -> NodeCache:
+    """Return the cache of this machine."""
+    settings = job.resources.cache
+    folder = cache_folder() / "node" if settings.folder is None else Path(settings.folder).expanduser()
+    return NodeCache(folder, settings.max_bytes)
+
+
+def local_model(job: Job) -> str:
+    """Return the job's model as `ditflow.backbones` takes it: its path, or a copy of its folder on object storage."""
+    path = job.model.path
+    if "://" not in path or is_local(path):
+        return path.removeprefix("file://")
+    return str(node_cache(job).folder_of(Store(path, job.storage_options, job.faults.storage_patience_s)))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process made room
+        return 0.0
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    try:
+        return sum(file.stat().st_size for file in files if file.is_file())
+    except FileNotFoundError:
+        return 0

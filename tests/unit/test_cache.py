@@ -1,0 +1,137 @@
+"""Facts about the copies of remote files on this machine."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from ditflow.mini import mini_folder
+from pipeline.cache import NodeCache, local_model
+from pipeline.job import Cache, Job, Model, Output, Resources
+from pipeline.store import Store, StoreMissingError
+
+CONTENT = b"a reference video"
+HASH = hashlib.sha256(CONTENT).hexdigest()
+REMOTE = "s3://bucket/clip.mp4"
+
+
+class Fetch:
+    """A file on a storage that counts how often it is fetched."""
+
+    def __init__(self, content: bytes = CONTENT) -> None:
+        self.content, self.times = content, 0
+
+    def __call__(self) -> bytes:
+        self.times += 1
+        return self.content
+
+
+@pytest.fixture
+def cache(tmp_path) -> NodeCache:
+    return NodeCache(tmp_path / "cache", max_bytes=1000)
+
+
+def copies(cache: NodeCache) -> list[str]:
+    return sorted(path.name for path in cache.folder.glob("files/*"))
+
+
+def test_a_remote_file_is_fetched_once(cache):
+    fetch = Fetch()
+    assert [cache.read(REMOTE, HASH, fetch) for _ in range(3)] == [CONTENT] * 3
+    assert fetch.times == 1
+    assert cache.read("s3://elsewhere/same.mp4", HASH, Fetch(b"never asked for")) == CONTENT
+
+
+def test_a_copy_that_was_changed_is_fetched_anew(cache):
+    fetch = Fetch()
+    cache.read(REMOTE, HASH, fetch)
+    (cache.folder / "files" / HASH).write_bytes(b"a reference vide0")
+    assert cache.read(REMOTE, HASH, fetch) == CONTENT
+    assert (cache.folder / "files" / HASH).read_bytes() == CONTENT
+    assert fetch.times == 2
+
+
+def test_what_is_not_what_was_asked_for_is_returned_but_not_kept(cache):
+    assert cache.read(REMOTE, HASH, Fetch(b"something else")) == b"something else"
+    assert copies(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "sha256"), [("file:///videos/clip.mp4", HASH), ("/videos/clip.mp4", HASH), (REMOTE, None)]
+)
+def test_local_files_and_those_of_unknown_content_are_not_copied(cache, uri, sha256):
+    assert cache.read(uri, sha256, Fetch()) == CONTENT
+    assert not cache.folder.exists()
+
+
+def test_the_copies_that_were_not_used_for_longest_make_room(cache):
+    contents = [bytes([n]) * 400 for n in range(3)]
+    hashes = [hashlib.sha256(content).hexdigest() for content in contents]
+    for n in (0, 1):
+        cache.read(REMOTE, hashes[n], Fetch(contents[n]))
+        os.utime(cache.folder / "files" / hashes[n], (n + 1, n + 1))
+    cache.read(REMOTE, hashes[0], Fetch(contents[0]))  # used again: the other one is the oldest now
+    cache.read(REMOTE, hashes[2], Fetch(contents[2]))
+    assert copies(cache) == sorted([hashes[0], hashes[2]])
+
+
+def test_a_copy_larger_than_the_cache_is_kept_while_it_is_the_last_one(cache):
+    large, small = b"x" * 5000, b"y"
+    cache.read(REMOTE, hashlib.sha256(large).hexdigest(), Fetch(large))
+    assert copies(cache) == [hashlib.sha256(large).hexdigest()]
+    cache.read(REMOTE, hashlib.sha256(small).hexdigest(), Fetch(small))
+    assert copies(cache) == [hashlib.sha256(small).hexdigest()]
+
+
+def test_a_remote_folder_is_copied_once_and_anew_when_it_has_changed(s3_store, cache, s3):
+    s3_store.put("model_index.json", b"{}")
+    s3_store.put("transformer/weights.safetensors", b"weights")
+    folder = cache.folder_of(s3_store)
+    assert (folder / "transformer/weights.safetensors").read_bytes() == b"weights"
+    assert cache.folder_of(s3_store) == folder
+    s3_store.put("transformer/weights.safetensors", b"weightz")
+    other = cache.folder_of(s3_store)
+    assert other != folder
+    assert (other / "transformer/weights.safetensors").read_bytes() == b"weightz"
+    assert list((cache.folder / "unfinished").iterdir()) == []
+
+
+def test_a_folder_whose_copy_fails_leaves_none(s3_store, cache, monkeypatch):
+    s3_store.put("model_index.json", b"{}")
+
+    def fails(store, key, file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "download", fails)
+        with pytest.raises(ConnectionError):
+            cache.folder_of(s3_store)
+    assert (cache.folder_of(s3_store) / "model_index.json").read_bytes() == b"{}"
+
+
+def test_an_empty_remote_folder_is_refused(s3_store, cache):
+    with pytest.raises(StoreMissingError, match="expected a diffusers model folder"):
+        cache.folder_of(s3_store)
+
+
+def test_a_model_on_object_storage_is_the_same_model(s3_store, tmp_path):
+    from ditflow import backbones
+
+    source = mini_folder("mini")
+    for file in source.rglob("*"):
+        if file.is_file():
+            s3_store.put(file.relative_to(source).as_posix(), file)
+    resources = Resources(cache=Cache(folder=str(tmp_path / "cache")))
+    job = Job("synthesize", "test", Output("/nowhere"), Model(s3_store.uri), resources=resources)
+    copy = local_model(job)
+    assert Path(copy).is_relative_to(tmp_path / "cache")
+    assert backbones.identify(copy).revision == backbones.identify("mini").revision
+    assert backbones.load(copy, name=s3_store.uri).name == s3_store.uri
+
+
+@pytest.mark.parametrize("path", ["mini", "/models/CogVideoX-5b", "THUDM/CogVideoX-5b", "~/models/x"])
+def test_other_models_are_used_where_they_are(path):
+    assert local_model(Job("synthesize", "test", Output("/nowhere"), Model(path))) == path
