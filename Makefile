@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format bench bench-mini sweep-mini mini clean
+.PHONY: quickstart test check format bench bench-mini sweep-mini chaos mini clean
 
 quickstart: .venv/installed
 	$(BIN)/ditflow mini clips outputs/quickstart/references --count 2
@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	@echo "Ask:     $(BIN)/ditflow manifest show outputs/quickstart/synthesize"
 	@echo "         $(BIN)/ditflow bank list outputs/quickstart/bank"
 
-test: .venv/installed
+test: .venv/installed .venv-swift/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
@@ -37,6 +37,10 @@ bench-mini: .venv/installed
 sweep-mini: .venv/installed
 	$(BIN)/python -m benchmarks.mini_sweep
 
+# A quarter of an hour on 2 cores: kills, storms, refusals, a million rows, hostile files.
+chaos: .venv/installed .venv-swift/installed
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.reliability
+
 # Hours on a CPU, in the background of other work; minutes on a GPU. Stopped and started again, it goes on.
 # The models that come out are used by their folders: ditflow transfer --model outputs/mini/mini-rotary ...
 mini: .venv/installed
@@ -46,6 +50,12 @@ mini: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# An S3 server for the tests, in an environment of its own: its packages are not to meet ours.
+.venv-swift/installed: tests/swift/requirements.txt
+	test -d .venv-swift || $(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 clean:
