@@ -27,12 +27,12 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from benchmarks.hostile import hostile_table
 from chaos.storm import Storm, draw_kills
 from running import run, write_spec
 from swift.server import SwiftServer
 
 from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.hostile import hostile_table
 from jobs.spec import load_spec
 from pipeline.job import Job, Output
 from pipeline.manifest import MERGED, Manifest, parquet_bytes

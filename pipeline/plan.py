@@ -217,8 +217,7 @@ def _sources(job: Job) -> Sequence[Input | None]:
     uris: dict[str, None] = {}
     for uri in inputs.uris:
         try:
-            found = patiently(lambda: list_uris(uri, inputs.glob, job.storage_options), job.faults.storage_patience_s)  # noqa: B023
-            uris.update(dict.fromkeys(found))
+            uris.update(dict.fromkeys(list_uris(uri, inputs.glob, job.storage_options)))
         except StoreMissingError:
             # A pattern or folder without files is a mistake in the job; one missing file is one failed row.
             if len(inputs.uris) == 1:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
@@ -153,18 +153,13 @@ class Desk:
             yield
         except Exception as error:
             if breaks_device(error):
-                self.ledger.note(work_id, classify(error).message)
-                os._exit(1)
+                _end_process(partial(self.ledger.note, work_id, classify(error).message))
             raise
 
     @contextmanager
     def _deadline(self, work_id: str) -> Iterator[None]:
         """End this process if the block takes too long; also let go of a failed block's tensors."""
-
-        def expire() -> None:
-            self.ledger.expire(work_id)
-            os._exit(1)
-
+        expire = partial(_end_process, lambda: self.ledger.expire(work_id))
         watchdog = threading.Timer(self.job.faults.row_deadline_s, expire)
         watchdog.daemon = True
         watchdog.start()
@@ -178,6 +173,14 @@ class Desk:
 
     def _begin(self, work_id: str) -> int:
         return self.ledger.begin(work_id, {"node": socket.gethostname(), "pid": os.getpid()})
+
+
+def _end_process(last_act: Callable[[], None]) -> None:
+    """End this process after a last act, also if that fails."""
+    try:
+        last_act()
+    finally:
+        os._exit(1)
 
 
 def _too_slow(seconds: float) -> Fault:

@@ -2,9 +2,11 @@
 
 import json
 import random
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -131,6 +133,19 @@ def test_a_fault_of_the_job_on_its_way_stops_who_reads_it():
     fault = not_to_blame(StoreError("the storage is gone")).fault_json()
     with pytest.raises(JobStoppedError, match="the storage is gone"):
         earlier_fault({"row_id": ID, "fault": fault})
+
+
+def test_a_process_ends_at_its_deadline_also_when_the_storage_is_gone(tmp_path):
+    desk = Desk(Job("synthesize", "test", Output(str(tmp_path / "out")), faults=replace(POLICY, row_deadline_s=0.2)))
+
+    def outlast(desk: Desk) -> None:
+        desk.ledger.expire = lambda work_id: desk.store.read("nothing")  # raises
+        desk.attempt(ID, lambda: time.sleep(60), never)
+
+    process = get_context("fork").Process(target=outlast, args=(desk,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 1
 
 
 def test_an_error_that_spoils_the_device_ends_the_process_and_the_next_one_tells_why(desk):
