@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -61,7 +62,8 @@ class RowProgress:
         facts = f"{self._newest_loss}{per_hour:.0f} rows/h, {_duration(left)} left"
         self._progress.update(self._task, advance=1, facts=facts)
         if row["status"] != "ok":
-            self._progress.console.print(f"{row['status']} {row['row_id']}: {row['error_message']}", markup=False)
+            told = printable(str(row["error_message"]))
+            self._progress.console.print(f"{row['status']} {row['row_id']}: {told}", markup=False)
 
 
 def job_status(store: Store) -> dict[str, Any]:
@@ -134,7 +136,16 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Return a text of unknown origin in one line, without characters that would command the terminal."""
+    return _COMMANDS.sub("\ufffd", re.sub(r"[\t\n\r]", " ", text))
+
+
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of writing."""
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
