@@ -59,7 +59,7 @@ class References:
     fit: Literal["crop", "stretch"] = "crop"
     max_bytes: int = 256 * 1024**2
     max_pixels: int = MAX_PIXELS_PER_FRAME
-    max_memory_bytes: int = 600 * 1024**2
+    max_memory_bytes: int = 512 * 1024**2
 
     def __post_init__(self) -> None:
         least = {"frames": 2, "height": 8, "width": 8, "start": 0, "stride": 1, "max_bytes": 1, "max_pixels": 1}
