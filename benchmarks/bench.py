@@ -488,7 +488,9 @@ def _cpu_model() -> str:
 
 
 def command() -> str:
-    return f"python -m {__spec__.name if __spec__ else __name__} {shlex.join(sys.argv[1:])}".strip()
+    """The command that is running: of the program, not of this module, which others import."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name if spec else __name__} {shlex.join(sys.argv[1:])}".strip()
 
 
 def print_rows(rows: Sequence[Row]) -> None:
