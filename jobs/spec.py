@@ -291,9 +291,10 @@ def _refusal(mistakes: Sequence[str]) -> SpecError:
 
 
 def _drop(values: Any, keys: tuple[str, ...]) -> None:
+    """Remove a key. It may be gone already: by an alias, one section can stand in two places."""
     *parents, last = keys
     for parent in parents:
-        values = values[parent]
+        values = next((inner for key, inner in values.items() if str(key) == parent), {})
     for key in [key for key in values if str(key) == last]:
         del values[key]
 

@@ -420,6 +420,18 @@ def test_a_hostile_spec_is_planned_or_refused_in_a_few_lines_that_name_the_place
     assert len("\n".join(said)) < 50_000
 
 
+def test_a_misspelt_key_in_a_section_that_an_alias_repeats_is_reported_in_both_places(mistakes):
+    pools = "resources: {extract: &pool {actor: 2}, generate: *pool}"
+    old = "resources: {extract: {actors: 1, gpus: auto}, generate: {actors: [1, 8], gpus: auto}}"
+    keys = [line.split(": ")[1] for line in mistakes((old, pools))]
+    assert keys == ["resources.extract.actor", "resources.generate.actor"]
+
+
+def test_a_misspelt_key_in_a_section_whose_name_is_a_number_is_reported(mistakes):
+    said = mistakes(("sampling:", "methods:\n  5: {nmae: none}\nsampling:"))
+    assert "methods.5.nmae: there is no such key; did you mean name?" in said[0]
+
+
 def test_an_alias_that_repeats_little_is_no_bomb(load):
     text = SPEC.replace("resources: {extract: {actors: 1, gpus: auto}, generate: {actors: [1, 8], gpus: auto}}\n", "")
     pools = "resources: {extract: &pool {actors: 2, gpus: auto}, generate: *pool}\n"
