@@ -427,11 +427,11 @@ class LatentClips:
 def encode_world(vae: AutoencoderKLCogVideoX, run: Run) -> LatentClips | None:
     """Encode the run's training clips, file by file, and keep what is there already; None when time runs out.
 
-    Raises ValueError when what is there was made by another encoder.
+    Raises ValueError when what is there was made by another encoder or from another world.
     """
     folder = run.out / "latents"
     folder.mkdir(exist_ok=True)
-    _check_encoder(vae, folder)
+    _check_origin(vae, folder)
     files = [folder / f"{index:04d}.npy" for index in range(-(-run.clips // _CLIPS_PER_FILE))]
     for index, file in enumerate(files):
         if file.is_file():
@@ -447,17 +447,22 @@ def encode_world(vae: AutoencoderKLCogVideoX, run: Run) -> LatentClips | None:
     return LatentClips([np.load(file, mmap_mode="r") for file in files])
 
 
-def _check_encoder(vae: AutoencoderKLCogVideoX, folder: Path) -> None:
-    """Note in a new folder which encoder fills it; refuse a folder that another one has begun."""
+def _check_origin(vae: AutoencoderKLCogVideoX, folder: Path) -> None:
+    """Note in a new folder which encoder fills it, and from what world; refuse one that others have begun."""
     digest = hashlib.sha256(str(vae.config.scaling_factor).encode())
     for weight in vae.encoder.state_dict().values():
         digest.update(weight.float().cpu().numpy().tobytes())
-    note = folder / "encoder.txt"
+    for seed in range(32):
+        digest.update(render(sample_scene(seed)).frames.tobytes())
+    note = folder / "origin.txt"
     if not note.is_file():
         with _replacing(note) as temporary:
             temporary.write_text(digest.hexdigest())
     if note.read_text() != digest.hexdigest():
-        raise ValueError(f"{folder} holds latents of another encoder: the autoencoder was trained anew. Remove it.")
+        raise ValueError(
+            f"{folder} holds latents of another encoder or another world: the autoencoder was trained anew, or "
+            "`world.py` was changed. Remove it."
+        )
 
 
 @torch.no_grad()

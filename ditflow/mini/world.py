@@ -467,12 +467,24 @@ def _snow(rng: np.random.Generator) -> Array:
 
 
 def _bricks(rng: np.random.Generator) -> Array:
+    tone, past_joint = _courses(rng, 28, 16)
+    wall = _mix(_rgb(112, 46, 36), _rgb(204, 118, 90), tone + 0.12 * _noise(rng, 0.9, 0.9))
+    return _mix(wall, _rgb(214, 204, 190), (past_joint < 1.6).astype(float))
+
+
+def _courses(rng: np.random.Generator, rows: int, columns: int) -> tuple[Array, Array]:
+    """Lay rows of pieces whose joints do not line up, so that no two places look alike.
+
+    Returns for every texel its piece's tone in [0, 1], and how far past a joint it lies, to the right of an
+    upright one or below a level one, whichever is less, in world units.
+    """
     x, y = _plane()
-    row = (y // 8).astype(int)
-    along = (x + 8.0 * (row % 2)) % GROUND_UNITS
-    tone = rng.uniform(0.15, 0.85, (32, 16))[row, (along // 16).astype(int)] + 0.12 * _noise(rng, 0.9, 0.9)
-    wall = _mix(_rgb(132, 58, 44), _rgb(190, 104, 80), tone)
-    return _mix(wall, _rgb(214, 204, 190), ((along % 16 < 1.6) | (y % 8 < 1.6)).astype(float))
+    tall, long = GROUND_UNITS / rows, GROUND_UNITS / columns
+    row, cell = (y // tall).astype(int), (x // long).astype(int)
+    joints = (np.arange(columns) + rng.uniform(0.2, 0.8, (rows, columns))) * long
+    past = x - joints[row, cell]
+    tone = rng.uniform(0, 1, (rows, columns))[row, (cell + (past >= 0)) % columns]
+    return tone, np.minimum(np.where(past >= 0, past, np.inf), y % tall)
 
 
 def _night_sky(rng: np.random.Generator) -> Array:
@@ -507,10 +519,10 @@ def _cobbles(sites: Array, tones: Array) -> tuple[Array, Array, Array]:
 
 
 def _wood(rng: np.random.Generator) -> Array:
-    _, y = _plane()
-    plank = rng.uniform(-0.2, 0.2, 16)[(y // 16).astype(int)]
-    floor = _mix(_rgb(92, 52, 22), _rgb(186, 122, 66), 0.5 + plank + 0.2 * _noise(rng, 14.0, 0.8))
-    return _mix(floor, _rgb(42, 22, 10), (y % 16 < 1.3).astype(float))
+    tone, past_joint = _courses(rng, 16, 6)
+    grain = 0.2 * _noise(rng, 6.0, 0.8) + 0.15 * _noise(rng, 3.0, 3.0)
+    floor = _mix(_rgb(92, 52, 22), _rgb(186, 122, 66), 0.15 + 0.7 * tone + grain)
+    return _mix(floor, _rgb(42, 22, 10), (past_joint < 1.3).astype(float))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ditflow.amf import hard_displacement
 from ditflow.backbones import load
-from ditflow.mini import train
+from ditflow.mini import train, world
 from ditflow.mini.build import build_pipeline
 from ditflow.mini.measure import flow_score
 from ditflow.mini.world import prompt_of, render, sample_scene, true_motion
@@ -341,6 +341,16 @@ def test_latents_of_another_encoder_are_refused_and_a_new_decoder_changes_nothin
         train.encode_world(vae, run)
         vae.encoder.conv_in.conv.bias.add_(1)
     with pytest.raises(ValueError, match="another encoder"):
+        train.encode_world(vae, run)
+
+
+def test_latents_of_another_world_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_CLIPS_PER_FILE", 1)
+    vae = build_pipeline(rotary=True, layers=1).vae
+    run = train.Run(tmp_path, CPU, torch.float32, clips=1)
+    train.encode_world(vae, run)
+    monkeypatch.setattr(world, "PATTERN_STRENGTH", 0.5)
+    with pytest.raises(ValueError, match="another world"):
         train.encode_world(vae, run)
 
 
