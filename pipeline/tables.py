@@ -13,7 +13,6 @@ import pyarrow.json
 import pyarrow.parquet
 
 from pipeline.job import JOBS_OWN, Job, OwnSettings, Table
-from pipeline.store import read_uri
 
 
 class PlanError(ValueError):
@@ -67,7 +66,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_pairs(job: Job, table: Table) -> list[Pair]:
     """Return the pairs that a table tells. Raises PlanError, which names the row, for what makes no pair."""
     source = "bank" if job.kind == "reuse" else "reference"
-    _, rows = read_table(table.uri, job.storage_options)
+    _, rows = read_table(table.uri, job)
     missing = {source, table.column} - set(rows[0] if rows else {})
     if missing:
         raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
@@ -105,7 +104,7 @@ def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> No
 
 def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
     """Return the prompts of a table, each with its class if there is a column `category`."""
-    names, rows = read_table(table.uri, job.storage_options)
+    names, rows = read_table(table.uri, job)
     if table.column not in names:
         raise PlanError(f"prompts.column: {table.column!r} is not in {table.uri}; it has {', '.join(names)}")
     prompts = []
@@ -123,14 +122,14 @@ def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
     return prompts
 
 
-def read_table(uri: str, storage_options: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+def read_table(uri: str, job: Job) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the columns' names and the rows of a Parquet, CSV or JSON-lines file; PlanError for anything else."""
     ending = uri.rsplit(".", 1)[-1].lower()
     if ending not in _READERS:
         raise PlanError(
             f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
         )
-    data = read_uri(uri, storage_options)
+    data = job.read(uri)
     try:
         table = _READERS[ending](data)
         return table.column_names, table.to_pylist()
