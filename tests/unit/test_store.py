@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from s3fs import S3FileSystem
 
 import pipeline.store as store_module
@@ -21,6 +22,7 @@ from pipeline.store import (
     StoreUnwritableError,
     fingerprint,
     list_uris,
+    open_fs,
     patiently,
     read_uri,
     redact,
@@ -293,6 +295,22 @@ def test_missing_credentials_are_a_refusal_that_says_what_to_set(s3_store, monke
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreForbiddenError, match="AWS_PROFILE"):
         s3_store.read("a")
+
+
+def test_the_storage_options_of_the_readme_reach_the_client(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    options = yaml.safe_load(readme[readme.index("storage_options:") :].split("```")[0])["storage_options"]
+    fs, _ = open_fs("s3://bucket/folder", options)
+    fs.connect()
+    client = fs.s3.meta
+    assert client.endpoint_url == "https://objects.example.com"
+    assert client.region_name == "eu-central-1"
+    assert client.config.s3["addressing_style"] == "path"
+    assert (client.config.read_timeout, client.config.connect_timeout) == (120, 5)
+    assert client.config.retries == {"mode": "adaptive", "total_max_attempts": 8}
+    assert fs.req_kw == {"RequestPayer": "requester"}
 
 
 def test_a_failing_server_is_asked_as_often_as_configured_and_no_more(s3, s3_store):
