@@ -1,17 +1,22 @@
 """The guidance settings of the embedded models: `python -m benchmarks.mini_sweep`.
 
-One setting after the other is varied, the best value is kept, and the next one is varied from there: the scale of
-classifier-free guidance of plain generations, then block, temperature, learning rate, guided steps of latent guidance,
-then the learning rate of position guidance. The other losses get a block and a learning rate of their own, with
-DiTFlow's guided steps. The best scale is that whose generations show best what was asked for; else the best is the
-highest mean track cosine among the values that keep this, less 5 points. Pairs are
-held-out ones that `benchmarks.mini` does not use. Figures go to benchmarks/results/mini-sweep.json; the values that win
-belong in `ditflow/mini/train.py`, in the models' folders, and in `jobs/mini-table.yaml`.
+Part `defaults` looks for a model's defaults. One setting after the other is varied, the best value is kept, and the
+next one is varied from there: the scale of classifier-free guidance of plain generations, then block, temperature,
+learning rate, guided steps of latent guidance, then the learning rate of position guidance. The values that win belong
+in `ditflow/mini/train.py` and in the models' folders.
+
+Part `losses` gives every motion loss the same chances for the comparison in `jobs/mini-table.yaml`: from the model's
+defaults, first the block is varied, then the learning rate.
+
+The best scale is that whose generations show best what was asked for; else the best is the highest mean track cosine
+among the values that keep this, less 5 points. Pairs are held-out ones that `benchmarks.mini` does not use. Figures go
+to benchmarks/results/mini-sweep.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +44,8 @@ VARIED: dict[str, Sequence[Any]] = {
     "guided_steps": [5, 10, 15, 20],
 }
 POSITION_RATES = [(0.002, 0.001), (0.01, 0.005), (0.04, 0.02), (0.1, 0.05)]
-OTHERS = ("motionclone", "moft", "smm")
+LOSSES = ("ditflow", "motionclone", "moft", "smm")
+LOSS_RATES = [(0.01, 0.005), (0.02, 0.01), (0.04, 0.02), (0.08, 0.04), (0.16, 0.08)]
 
 
 def settings_scores(model: str, method: MethodSettings, sampling: SamplingSettings, seed: int) -> dict[str, Scores]:
@@ -55,7 +61,7 @@ class Sweep:
     """The sweep of one model: everything that was tried, each setting once."""
 
     def __init__(self, model: str, bench: Bench):
-        self._model, self._bench = model, bench
+        self.model, self._bench = model, bench
         self._sampling, self._floor = SamplingSettings(), 0.0
         self._scores: dict[MethodSettings, dict[str, Any]] = {}
         self.trials: list[dict[str, Any]] = []
@@ -91,27 +97,39 @@ class Sweep:
         return self._scores[method]
 
     def _measure(self, method: MethodSettings, seeds: Sequence[int], label: str) -> dict[str, Any]:
-        score = partial(settings_scores, self._model, method, self._sampling)
-        scores = summary(self._bench.scores(score, seeds, f"{self._model}: {label}"))[""]
+        score = partial(settings_scores, self.model, method, self._sampling)
+        scores = summary(self._bench.scores(score, seeds, f"{self.model}: {label}"))[""]
         print(f"  track cosine {scores['track_cosine']['mean']:.3f}, words kept {words_kept(scores):.3f}", flush=True)
         return scores
 
 
-def sweep(model: str, bench: Bench, losses: Sequence[str]) -> dict[str, Any]:
-    """Return everything that was tried, and what won."""
-    trials = Sweep(model, bench)
+def sweep_defaults(trials: Sweep) -> dict[str, Any]:
+    """Return the best guidance scale, and the best settings of latent and of position guidance."""
     scale = trials.choose_guidance_scale(GUIDANCE_SCALES)
     latent = START
     for name, values in VARIED.items():
         latent = trials.vary(latent, name, values)
-    best = {"latent": latent}
-    best["position"] = trials.vary(replace(latent, optimize="position"), "learning_rate", POSITION_RATES)
-    for other in losses:
-        best[other] = replace(latent, name=other)
-        for name in ("blocks", "learning_rate"):
-            best[other] = trials.vary(best[other], name, VARIED[name])
-    won = {what: {name: getattr(settings, name) for name in VARIED} for what, settings in best.items()}
-    return {"trials": trials.trials, "best": {"guidance_scale": scale, **won}}
+    position = trials.vary(replace(latent, optimize="position"), "learning_rate", POSITION_RATES)
+    return {"guidance_scale": scale, "latent": _settings(latent), "position": _settings(position)}
+
+
+def sweep_losses(trials: Sweep) -> dict[str, Any]:
+    """Return the best settings of every loss."""
+    trials.choose_guidance_scale([load(trials.model).defaults.guidance_scale])
+    best = {}
+    for loss in LOSSES:
+        method = MethodSettings(name=loss).resolve(load(trials.model).defaults)
+        for name, values in {"blocks": VARIED["blocks"], "learning_rate": LOSS_RATES}.items():
+            method = trials.vary(method, name, values)
+        best[loss] = _settings(method)
+    return best
+
+
+def _settings(method: MethodSettings) -> dict[str, Any]:
+    return {name: getattr(method, name) for name in VARIED}
+
+
+PARTS = {"defaults": sweep_defaults, "losses": sweep_losses}
 
 
 def words_kept(scores: dict[str, Any]) -> float:
@@ -120,16 +138,18 @@ def words_kept(scores: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Sweep the models and write the results, beside those of models that are not swept again."""
+    """Sweep the models and write the results, beside those of models and parts that are not swept again."""
     asked = _parser().parse_args()
     with start_workers(asked.workers) as pool:
-        for model in asked.models:
-            result = sweep(model, Bench(asked.clips, pool), asked.others)
+        for model, part in itertools.product(asked.models, asked.parts):
+            trials = Sweep(model, Bench(asked.clips, pool))
+            best = PARTS[part](trials)
             about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds")}
-            others = json.loads(asked.out.read_text())["models"] if asked.out.is_file() else {}
-            swept = {**about, "machine": machine(), "clips": asked.clips, **result}
-            write_json(asked.out, {"first seed": FIRST_SEED, "models": {**others, model: swept}})
-            for what, settings in result["best"].items():
+            swept = {**about, "machine": machine(), "clips": asked.clips, "trials": trials.trials, "best": best}
+            models = json.loads(asked.out.read_text())["models"] if asked.out.is_file() else {}
+            models[model] = {**models.get(model, {}), part: swept}
+            write_json(asked.out, {"first seed": FIRST_SEED, "models": models})
+            for what, settings in best.items():
                 print(model, what, settings)
 
 
@@ -137,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mini_sweep", description=__doc__.split("\n\n")[0])
     parser.add_argument("--clips", type=int, default=16, help="held-out pairs for every setting")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS), help="losses beside DiTFlow's")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS / "mini-sweep.json")
     return parser
