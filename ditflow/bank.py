@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ditflow.artifact import ArtifactError, read_artifact, write_artifact
-from ditflow.types import PositionEmbedding, TokenGrid
+from ditflow.types import LearnedPosition, TokenGrid
 
 _KIND, _FORMAT = "motion bank", 1
 
@@ -36,13 +36,13 @@ class BankHeader:
 
 @dataclass(frozen=True)
 class MotionBank:
-    """One position embedding for every guided step, first step first.
+    """What was learned of the position embedding in every guided step, first step first.
 
     latents: the reference's latents [1, F, C, h, w], with which reuse can inject keys and values, or None.
     """
 
     header: BankHeader
-    positions: tuple[PositionEmbedding, ...]
+    positions: tuple[LearnedPosition, ...]
     latents: Tensor | None = None
 
     def check_fits(self, revision: str, grid: TokenGrid, steps: int, guided_steps: int) -> None:
@@ -76,7 +76,7 @@ class MotionBank:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         values, tensors = read_artifact(_KIND, _FORMAT, data, name)
         header = _header(values, name)
-        positions: list[PositionEmbedding] = [{} for _ in header.timesteps]
+        positions: list[LearnedPosition] = [{} for _ in header.timesteps]
         for key, tensor in tensors.items():
             if key != "latents":
                 step, part = _step_and_part(key, len(positions), name)

@@ -13,18 +13,18 @@ from torch import Tensor
 from ditflow.backbones.base import Backbone
 from ditflow.guidance import Guidance, Steered
 from ditflow.settings import SamplingSettings
-from ditflow.types import PositionEmbedding, StepRecord
+from ditflow.types import LearnedPosition, StepRecord
 
 OnStep = Callable[[StepRecord], None]
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """Latents behind the last step that was run, with the record and, if guided, the position of every step."""
+    """Latents behind the last step that was run, with the record and what was learned of positions in every step."""
 
     latents: Tensor
     records: list[StepRecord]
-    positions: list[PositionEmbedding]
+    positions: list[LearnedPosition]
     timesteps: list[int]
 
 
@@ -50,15 +50,14 @@ def denoise(
     timesteps = [int(timestep) for timestep in solver.timesteps[:last_step]]
     guided_steps = guidance.guided_steps if guidance is not None else 0
     records: list[StepRecord] = []
-    positions: list[PositionEmbedding] = []
+    positions: list[LearnedPosition] = []
     for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
         injected, steered = None, Steered(latents, default_position, [])
         if guidance is not None and step < guided_steps:
-            warm_start = positions[-1] if positions else default_position
             injected = guidance.injected(solver, timestep)
-            steered = guidance.steer(step, timestep, latents, warm_start, injected)
-            positions.append(steered.position)
+            steered = guidance.steer(step, timestep, latents, positions[-1] if positions else None, injected)
+            positions += [] if steered.learned is None else [steered.learned]
         steered_at = time.perf_counter()
         predictions = backbone.predict(steered.latents, timestep, embeds, steered.position, injected)
         scale = guidance_scale(sampling, timestep)

@@ -12,25 +12,36 @@ from torch import Tensor
 from ditflow.backbones.base import Backbone, Solver
 from ditflow.bank import MotionBank
 from ditflow.losses import MOTION_LOSSES
+from ditflow.positions import FreePosition, MovedTokens
 from ditflow.reference import MotionReference
 from ditflow.settings import MethodSettings
-from ditflow.types import KeysValues, NonFiniteLossError, PositionEmbedding
+from ditflow.types import KeysValues, LearnedPosition, NonFiniteLossError, PositionEmbedding
 
 
 @dataclass(frozen=True)
 class Steered:
-    """What a guided step hands to its denoising: latents, position, and the loss of every iteration."""
+    """What a guided step hands to its denoising: latents, position, and the loss of every iteration.
+
+    learned: what the position was made of, if it was optimised: the next guided step goes on from there.
+    """
 
     latents: Tensor
     position: PositionEmbedding
     losses: list[float]
     learning_rate: float | None = None
+    learned: LearnedPosition | None = None
 
 
 def optimise(
-    variables: Iterable[Tensor], loss_of: Callable[[], Tensor], learning_rate: float, iterations: int
+    variables: Iterable[Tensor],
+    loss_of: Callable[[], Tensor],
+    learning_rate: float,
+    iterations: int,
+    penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> list[float]:
-    """Minimise `loss_of()` over `variables` in place with a new Adam; return the loss before each update.
+    """Minimise `loss_of() + penalty_of()` over `variables` in place with a new Adam.
+
+    Returns the loss before each update, without the penalty.
 
     Raises NonFiniteLossError at once when a loss is NaN or infinite.
     """
@@ -46,7 +57,7 @@ def optimise(
                 f"the guidance loss became {losses[-1]} in iteration {len(losses)}. Usual cause: 16-bit overflow or "
                 "a learning rate far too high; try model.dtype: float32 or a smaller method.learning_rate."
             )
-        loss.backward(inputs=variables)
+        (loss + penalty_of()).backward(inputs=variables)
         optimiser.step()
     return losses
 
@@ -62,6 +73,7 @@ class Guidance:
     method: MethodSettings
     guided_steps: int
     prompt_embeds: Tensor
+    positions: FreePosition | MovedTokens
     reference: MotionReference | None = None
     bank: MotionBank | None = None
     initial_noise: Tensor | None = None
@@ -80,37 +92,42 @@ class Guidance:
         step: int,
         timestep: int,
         latents: Tensor,
-        position: PositionEmbedding,
+        warm_start: LearnedPosition | None,
         injected: KeysValues | None,
     ) -> Steered:
         """Optimise the latents or the position of one guided step, or take the bank's position."""
         if self.bank is not None:
-            stored = self.bank.positions[step]
-            return Steered(latents, {part: value.to(latents.device) for part, value in stored.items()}, [])
+            stored = {part: value.to(latents.device) for part, value in self.bank.positions[step].items()}
+            return Steered(latents, self.positions.embedding(stored), [])
+        own = self.positions.start()
         if self.method.loss is None:
-            return Steered(latents, position, [])
+            return Steered(latents, self.positions.embedding(own), [])
         assert self.method.iterations is not None, "resolve() first"
         rate = self.method.learning_rates(self.guided_steps)[step]
         if self.method.optimize == "latent":
-            latents = latents.detach().clone().requires_grad_()
+            latents, learned = latents.detach().clone().requires_grad_(), own
             variables = [latents]
         else:
-            position = {part: value.detach().clone().requires_grad_() for part, value in position.items()}
-            variables = list(position.values())
+            learned = {part: v.detach().clone().requires_grad_() for part, v in (warm_start or own).items()}
+            variables = list(learned.values())
         with torch.enable_grad():
             losses = optimise(
                 variables,
-                lambda: self._loss(timestep, latents, position, injected),
+                lambda: self._loss(timestep, latents, learned, injected),
                 rate,
                 self.method.iterations,
+                lambda: self.positions.penalty(learned),
             )
-        return Steered(latents.detach(), {part: v.detach() for part, v in position.items()}, losses, rate)
+        learned = {part: value.detach() for part, value in learned.items()}
+        position = self.positions.embedding(learned)
+        kept = None if self.method.optimize == "latent" else learned
+        return Steered(latents.detach(), position, losses, rate, kept)
 
-    def _loss(self, timestep: int, latents: Tensor, position: PositionEmbedding, injected: KeysValues | None) -> Tensor:
+    def _loss(self, timestep: int, latents: Tensor, learned: LearnedPosition, injected: KeysValues | None) -> Tensor:
         """Motion loss of the video in the making, averaged over the guidance blocks."""
         assert self.method.loss is not None and self.method.blocks is not None and self.reference is not None
         loss = MOTION_LOSSES[self.method.loss].from_settings(self.method)
-        blocks = self.method.blocks
+        blocks, position = self.method.blocks, self.positions.embedding(learned)
         captured = self.backbone.capture(
             latents, timestep, self.prompt_embeds, blocks, position, injected, loss.captures
         )

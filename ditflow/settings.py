@@ -33,6 +33,7 @@ class ModelDefaults:
     """What works best on one model; a model folder may carry its own in `ditflow.json`.
 
     position_learning_rate: of methods that optimise the position embedding (None: the same as of latents).
+    coordinates_learning_rate: of methods that optimise the tokens' coordinates, in patches.
     """
 
     blocks: tuple[int, ...]
@@ -41,6 +42,7 @@ class ModelDefaults:
     iterations: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
     position_learning_rate: tuple[float, float] | None = None
+    coordinates_learning_rate: tuple[float, float] | None = (0.05, 0.025)
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
@@ -51,7 +53,8 @@ class MethodSettings:
     """How motion is transferred (METHODS: AMF, guided sampling).
 
     name: `none`, `injection` or a motion loss (`ditflow`, `smm`, `moft`, `motionclone`).
-    optimize: what the optimiser changes: the `latent` z_t or the `position` embedding.
+    optimize: what the optimiser changes: the `latent` z_t, the values of the `position` embedding, or the `coordinates`
+        (t, y, x) of the tokens, of which the embedding is made.
     preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
         short, and SMM's other anchors and cosines.
     blocks: transformer blocks whose attention guides; losses are averaged over them.
@@ -64,11 +67,13 @@ class MethodSettings:
     loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
     reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
+    stay: weight of the mean squared move of `coordinates`, in patches, beside the loss.
+    smooth: weight of the mean squared difference between the moves of neighbours.
     zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
     """
 
     name: str = "ditflow"
-    optimize: Literal["latent", "position"] = "latent"
+    optimize: Literal["latent", "position", "coordinates"] = "latent"
     preset: Literal["paper", "official"] = "paper"
     blocks: tuple[int, ...] | None = None
     temperature: float | None = None
@@ -80,12 +85,15 @@ class MethodSettings:
     loss_threshold: float = 0.0
     reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
+    stay: float = 0.0
+    smooth: float = 0.0
     zero_shot: bool = False
     learn_with: str = ""
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
-        _require(self.optimize in ("latent", "position"), "optimize", self.optimize, "latent or position")
+        variables = ("latent", "position", "coordinates")
+        _require(self.optimize in variables, "optimize", self.optimize, "latent, position or coordinates")
         _require(self.preset in ("paper", "official"), "preset", self.preset, "paper or official")
         entries = ("nonzero", "all")
         _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
@@ -106,13 +114,20 @@ class MethodSettings:
             ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
-        ok = not self.zero_shot or (self.loss is not None and self.optimize == "position")
-        _require(ok, "zero_shot", self.zero_shot, "false, unless a motion loss optimises the position")
+        for name in ("stay", "smooth"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight, 0 or more")
+        ok = not self.zero_shot or self.learns_positions
+        _require(ok, "zero_shot", self.zero_shot, "false, unless a motion loss optimises the position or coordinates")
 
     @property
     def loss(self) -> str | None:
         """The motion loss's registry name, or None when nothing is optimised."""
         return self.name if self.name in MOTION_LOSSES else None
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether a position embedding is learned, which can be kept and used again."""
+        return self.loss is not None and self.optimize != "latent"
 
     @property
     def injects(self) -> bool:
@@ -126,8 +141,9 @@ class MethodSettings:
 
     def resolve(self, defaults: ModelDefaults) -> MethodSettings:
         """Fill every None with the model's default."""
-        if self.optimize == "position" and defaults.position_learning_rate is not None:
-            defaults = replace(defaults, learning_rate=defaults.position_learning_rate)
+        rates = {"position": defaults.position_learning_rate, "coordinates": defaults.coordinates_learning_rate}
+        if (rate := rates.get(self.optimize)) is not None:
+            defaults = replace(defaults, learning_rate=rate)
         names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
         return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
 

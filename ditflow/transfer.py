@@ -21,6 +21,7 @@ from ditflow.backbones.base import Backbone
 from ditflow.bank import BankHeader, MotionBank
 from ditflow.denoise import Denoised, OnStep, denoise
 from ditflow.guidance import Guidance
+from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
 from ditflow.types import StepRecord
@@ -105,9 +106,10 @@ def learn_bank(
     """Learn a motion bank: the guided steps of position optimisation and no more. `size` as in `transfer_motion`."""
     method = method.resolve(backbone.defaults)
     sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
-    if method.optimize != "position" or method.loss is None:
+    if not method.learns_positions:
         raise ValueError(
-            f"a motion bank needs a motion loss and optimize: position, not {method.name}, {method.optimize}"
+            "a motion bank needs a motion loss, and optimize: position or coordinates, "
+            f"not {method.name}, {method.optimize}"
         )
     inputs = _inputs_of(backbone, prompt, size, sampling, seed)
     result = generate_latents(
@@ -184,11 +186,13 @@ def generate_latents(
     if method.needs_reference:
         _check_reference(backbone, motion, bank, initial_latents, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
-        guidance = Guidance(backbone, method, guided_steps, prompt_embeds, motion, bank, initial_latents)
+        own = settings_dict(method) if bank is None else bank.header.method
+        positions = positions_of(backbone, backbone.grid(initial_latents), own)
+        guidance = Guidance(backbone, method, guided_steps, prompt_embeds, positions, motion, bank, initial_latents)
     embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
     last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
     denoised = denoise(backbone, initial_latents, embeds, sampling, generator, guidance, last_step, on_step)
-    learned = motion is not None and bank is None and method.loss is not None and method.optimize == "position"
+    learned = bank is None and method.learns_positions
     return Transferred(
         latents=denoised.latents,
         records=denoised.records,

@@ -115,9 +115,11 @@ def transfer(
     prompt: Annotated[str | None, typer.Argument(help="What the new video shows.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the new video goes.")] = Path("out.mp4"),
     method: Annotated[str, typer.Option(help="none, injection, motionclone, moft, smm or ditflow.")] = "ditflow",
-    optimize: Annotated[str, typer.Option(help="latent or position.")] = "latent",
+    optimize: Annotated[str, typer.Option(help="latent, position or coordinates.")] = "latent",
     bank: Annotated[Path | None, typer.Option(help="Reuse a motion bank: nothing is optimised.")] = None,
-    save_bank: Annotated[Path | None, typer.Option(help="Keep the learned positions (--optimize position).")] = None,
+    save_bank: Annotated[
+        Path | None, typer.Option(help="Keep the learned positions (--optimize position or coordinates).")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the loss curve into this PNG.")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw reference, motion and result, one above the other, into this PNG.")

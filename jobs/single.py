@@ -66,8 +66,10 @@ def transfer(
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
-    if save_bank is not None and (isinstance(reference, MotionBank) or method.optimize != "position"):
-        raise ValueError("--save-bank needs --optimize position, and no --bank: nothing else learns positions")
+    if save_bank is not None and (isinstance(reference, MotionBank) or not method.learns_positions):
+        raise ValueError(
+            "--save-bank needs --optimize position or coordinates, and no --bank: nothing else learns positions"
+        )
     if plot is not None and (isinstance(reference, MotionBank) or method.loss is None):
         raise ValueError(
             "--plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
@@ -143,7 +145,9 @@ def _as_learned(
     """Take from the bank what the user left open: it serves only the schedule that it was learned in."""
     guided_steps = method.guided_steps or len(bank.positions)
     steps = sampling.steps or bank.header.steps
-    return replace(method, optimize="position", guided_steps=guided_steps), replace(sampling, steps=steps)
+    return replace(method, optimize=bank.header.method["optimize"], guided_steps=guided_steps), replace(
+        sampling, steps=steps
+    )
 
 
 def _source(

@@ -441,10 +441,11 @@ def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
 
 def _check_kind(kind: str, method: MethodSettings) -> None:
     """Raise SettingsError for a method that makes no sense in this kind of job."""
-    learns = method.loss is not None and method.optimize == "position"
-    if kind in ("build-bank", "reuse") and not learns:
+    if kind in ("build-bank", "reuse") and not method.learns_positions:
         came = f"{method.name}, optimize: {method.optimize}"
-        raise SettingsError("", came, f"a method with a motion loss and optimize: position for kind {kind}")
+        raise SettingsError(
+            "", came, f"a method with a motion loss and optimize: position or coordinates for kind {kind}"
+        )
     if kind == "extract" and method.loss is None:
         raise SettingsError("name", method.name, "a method with a motion loss for kind extract")
 

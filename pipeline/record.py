@@ -53,7 +53,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("seed", _LARGE, "", "seed of every random draw of this row"),
     Column("variant", _TEXT, "", "the method's name in the job's comparison; of a single method its own"),
     Column("method", _TEXT, "", "none, injection, or the motion loss that guided"),
-    Column("optimize", _TEXT, "", "what was optimised: latent or position; zero-shot with a reused bank"),
+    Column("optimize", _TEXT, "", "what was optimised: latent, position or coordinates; zero-shot with a reused bank"),
     Column("model", _TEXT, "", "the model's name or folder"),
     Column("model_revision", _TEXT, "", "hash of the model's configuration, weights and vocabulary"),
     Column("spec_json", _TEXT, "JSON", "the resolved settings of this row"),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditflow.backbones.positions import MovablePosition
 from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
 from ditflow.types import CaptureKind, KeysValues, PositionEmbedding, TokenGrid
 
@@ -143,6 +144,10 @@ class Backbone(Protocol):
 
     def default_position(self, grid: TokenGrid) -> PositionEmbedding:
         """Return the model's own position embedding of the video tokens, fp32, without gradient."""
+        ...
+
+    def movable_position(self, grid: TokenGrid) -> MovablePosition:
+        """Return the position embedding as a function of how far tokens are moved; SettingsError if it has none."""
         ...
 
     def predict(

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ditflow.backbones.base import Geometry
+from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
 from ditflow.settings import ExecutionSettings, ModelDefaults
 from ditflow.types import Capture, CaptureKind, Features, KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
 
@@ -134,6 +135,11 @@ class CogVideoX:
         pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
         joint = embed._get_positional_embeddings(*latent_size, pixel_frames, device=self.device)
         return {"additive": joint[0, embed.max_text_seq_length :].float()}
+
+    def movable_position(self, grid: TokenGrid) -> MovablePosition:
+        """Return the position embedding as a function of how far tokens are moved; SettingsError if it is learned."""
+        movable = MovableRotary if self._rotary else MovableAdditive
+        return movable(self.default_position(grid), grid)
 
     def _rotary_embedding(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """Cos and sin of the video tokens' rotation, [S, d]."""

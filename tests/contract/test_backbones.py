@@ -206,6 +206,7 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         "iterations": 2,
         "learning_rate": [0.1, 0.05],
         "position_learning_rate": [0.2, 0.1],
+        "coordinates_learning_rate": [0.4, 0.3],
         "steps": 8,
         "guidance_scale": 2.0,
         "dynamic_guidance_scale": False,
@@ -213,7 +214,7 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
     plain = backbones.load(str(model_folder), device="cpu")
     (model_folder / "ditflow.json").write_text(json.dumps(own))
     overridden = backbones.load(str(model_folder), device="cpu")
-    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), (0.2, 0.1), 8, 2.0, False)
+    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), (0.2, 0.1), (0.4, 0.3), 8, 2.0, False)
     assert plain.defaults != overridden.defaults
     assert plain.revision == overridden.revision
 

@@ -33,6 +33,7 @@ def generate(backbone, reference, method: MethodSettings = METHOD, prompt: str =
 class Learned:
     """A run that optimised positions, with its bank as it comes back from a file."""
 
+    method: MethodSettings
     reference: MotionReference
     run: Transferred
     data: bytes
@@ -44,12 +45,12 @@ def learned_with(backbone, video: np.ndarray, method: MethodSettings) -> Learned
     run = generate(backbone, reference, method)
     assert run.bank is not None
     data = run.bank.to_bytes()
-    return Learned(reference, run, data, MotionBank.from_bytes(data))
+    return Learned(method, reference, run, data, MotionBank.from_bytes(data))
 
 
-@pytest.fixture(scope="module")
-def learned(backbone, moving_video) -> Learned:
-    return learned_with(backbone, moving_video, METHOD)
+@pytest.fixture(scope="module", params=["position", "coordinates"])
+def learned(request, backbone, moving_video) -> Learned:
+    return learned_with(backbone, moving_video, replace(METHOD, optimize=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def assert_same_positions(one: MotionBank, other: MotionBank) -> None:
 
 def test_learning_a_bank_gives_the_positions_of_the_whole_run_and_stops_after_the_guided_steps(learned, backbone):
     alone = learn_bank(
-        backbone, PROMPT, reference=learned.reference, size=CLIP, method=METHOD, sampling=SAMPLING, seed=5
+        backbone, PROMPT, reference=learned.reference, size=CLIP, method=learned.method, sampling=SAMPLING, seed=5
     )
     assert_same_positions(alone.bank, learned.run.bank)
     assert len(alone.records) == GUIDED_STEPS
@@ -84,7 +85,7 @@ def test_the_header_tells_all_that_the_positions_depend_on(learned, backbone):
     assert header.grid == (3, 4, 4)
     assert header.steps == STEPS
     assert header.timesteps == (999, 749)
-    assert header.method == settings_dict(METHOD.resolve(backbone.defaults))
+    assert header.method == settings_dict(learned.method.resolve(backbone.defaults))
     assert header.prompt == PROMPT
     assert header.provenance == {"size": list(CLIP)}
     assert [list(losses) for losses in header.losses] == learned.run.losses
@@ -108,7 +109,7 @@ def test_a_bank_keeps_the_latents_that_injection_needs(learned, rotary_backbone,
     "method", [replace(METHOD, optimize="latent"), replace(METHOD, name="injection"), replace(METHOD, name="none")]
 )
 def test_a_bank_is_learned_by_a_motion_loss_on_positions_only(rotary_backbone, rotary, method):
-    with pytest.raises(ValueError, match=f"optimize: position, not {method.name}, {method.optimize}"):
+    with pytest.raises(ValueError, match=f"position or coordinates, not {method.name}, {method.optimize}"):
         learn_bank(rotary_backbone, PROMPT, reference=rotary.reference, size=CLIP, method=method)
 
 

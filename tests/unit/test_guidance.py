@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ditflow.guidance import Guidance, optimise
 from ditflow.losses.amf import AttentionMotionFlowLoss
+from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings
+from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
 from ditflow.transfer import Transferred, generate_latents, transfer_latents
 from ditflow.types import NonFiniteLossError, QueriesKeys, StaticReferenceError, TokenGrid
 
@@ -245,9 +246,14 @@ def guided_position(backbone, inputs) -> Guided:
     return guided_run(backbone, inputs, "position")
 
 
-@pytest.fixture(params=["latent", "position"])
-def guided(request, guided_latents, guided_position) -> Guided:
-    return guided_latents if request.param == "latent" else guided_position
+@pytest.fixture(scope="module")
+def guided_coordinates(backbone, inputs) -> Guided:
+    return guided_run(backbone, inputs, "coordinates")
+
+
+@pytest.fixture(params=["latent", "position", "coordinates"])
+def guided(request, guided_latents, guided_position, guided_coordinates) -> Guided:
+    return {run.optimize: run for run in (guided_latents, guided_position, guided_coordinates)}[request.param]
 
 
 def test_the_loss_falls_within_every_guided_step(guided):
@@ -255,7 +261,7 @@ def test_the_loss_falls_within_every_guided_step(guided):
     for losses in guided.result.losses:
         assert len(losses) == ITERATIONS
         assert losses == sorted(losses, reverse=True)
-        assert losses[-1] < 0.95 * losses[0]
+        assert losses[-1] < (0.99 if guided.optimize == "coordinates" else 0.95) * losses[0]
 
 
 def test_only_the_first_steps_are_guided(guided):
@@ -275,6 +281,8 @@ def test_every_guided_step_starts_with_a_new_adam_at_its_own_rate(guided):
         first, second = step.captures[:2]
         if guided.optimize == "latent":
             moves = [second["latents"] - first["latents"]]
+        elif guided.optimize == "coordinates":
+            return  # its moves are looked at below
         else:
             moves = [second["position"][part] - value for part, value in first["position"].items()]
         for move in moves:
@@ -317,6 +325,37 @@ def test_the_position_is_warm_started_used_in_its_step_and_then_dropped(guided_p
     assert guided_position.result.bank is not None
     for step, learned in zip((first, second), guided_position.result.bank.positions, strict=True):
         assert same_position(step.predict["position"], learned)
+
+
+def test_coordinates_are_warm_started_used_in_their_step_and_then_dropped(guided_coordinates, backbone, inputs):
+    first, second, *plain = guided_coordinates.steps
+    bank = guided_coordinates.result.bank
+    assert bank is not None
+    moved = [backbone.movable_position(inputs.grid).embedding(moves) for moves in bank.positions]
+    assert same_position(first.captures[0]["position"], inputs.position)
+    assert same_position(first.predict["position"], moved[0])
+    assert same_position(second.captures[0]["position"], moved[0])
+    assert same_position(second.predict["position"], moved[1])
+    assert all(same_position(step.predict["position"], inputs.position) for step in plain)
+    assert all((moves.abs().amax(dim=0) > 0).all() for moves in bank.positions[0].values()), "t, y and x"
+
+
+def test_the_first_moves_are_of_the_learning_rate(backbone, inputs):
+    result, _ = run_of(backbone, inputs, method_of(optimize="coordinates", iterations=1))
+    for moves in result.bank.positions[0].values():
+        torch.testing.assert_close(moves.abs().median(), torch.tensor(RATES[0]), rtol=1e-3, atol=0)
+
+
+def test_moves_that_cost_are_smaller_and_smoother(backbone, inputs):
+    def last_moves(**weights: float) -> Tensor:
+        result, _ = run_of(backbone, inputs, method_of(optimize="coordinates", **weights))
+        return next(iter(result.bank.positions[-1].values())).unflatten(
+            0, (inputs.grid.frames, inputs.grid.height, inputs.grid.width)
+        )
+
+    free, held, smoothed = last_moves(), last_moves(stay=1e4), last_moves(smooth=1e4)
+    assert held.square().mean() < 0.8 * free.square().mean()
+    assert smoothed.diff(dim=2).square().mean() < 0.8 * free.diff(dim=2).square().mean()
 
 
 def test_every_part_of_the_position_is_optimised(guided_position, inputs):
@@ -381,9 +420,10 @@ def test_the_plain_backbone_does_nothing_but_predict(backbone, inputs):
 def first_loss(backbone, inputs: Inputs, method: MethodSettings) -> float:
     resolved = method.resolve(backbone.defaults)
     reference = reference_from_latents(backbone, inputs.reference, inputs.empty, resolved)
-    guidance = Guidance(backbone, resolved, GUIDED_STEPS, inputs.prompt, reference, None, inputs.initial)
+    positions = positions_of(backbone, backbone.grid(inputs.initial), settings_dict(resolved))
+    guidance = Guidance(backbone, resolved, GUIDED_STEPS, inputs.prompt, positions, reference, None, inputs.initial)
     injected = guidance.injected(backbone.solver(STEPS), 749)
-    return guidance.steer(0, 749, inputs.initial, inputs.position, injected).losses[0]
+    return guidance.steer(0, 749, inputs.initial, None, injected).losses[0]
 
 
 def test_the_losses_of_two_blocks_are_averaged(backbone, inputs):

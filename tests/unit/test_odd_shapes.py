@@ -17,8 +17,9 @@ from ditflow.bank import BankMismatchError, MotionBank
 from ditflow.guidance import Guidance
 from ditflow.losses import MOTION_LOSSES
 from ditflow.mini import build
+from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings, SettingsError
+from ditflow.settings import MethodSettings, SamplingSettings, SettingsError, settings_dict
 from ditflow.transfer import learn_bank, transfer_latents, transfer_motion
 from ditflow.types import QueriesKeys, TokenGrid
 from jobs.spec import SpecError, load_spec
@@ -99,7 +100,7 @@ def test_the_flow_leads_to_the_best_match_within_each_frame(model, clip):
 
 
 @clips
-@pytest.mark.parametrize("optimize", ["latent", "position"])
+@pytest.mark.parametrize("optimize", ["latent", "position", "coordinates"])
 @pytest.mark.parametrize("loss", sorted(MOTION_LOSSES))
 def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     """By block 0, which sees the others' keys and values of the reference: no place moves for another one's sake."""
@@ -108,14 +109,15 @@ def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     reference_latents, noise = torch.randn(2, *model.latent_shape(*clip))
     reference = reference_from_latents(model, reference_latents, embeds, method)
     reference = MotionReference.from_bytes(reference.to_bytes())
-    guidance = Guidance(model, method, 1, embeds, reference, initial_noise=noise)
-    position = model.default_position(grid_of(model, *clip))
-    steered = guidance.steer(0, 999, noise, position, guidance.injected(model.solver(2), 999))
+    grid = grid_of(model, *clip)
+    positions, own = positions_of(model, grid, settings_dict(method)), model.default_position(grid)
+    guidance = Guidance(model, method, 1, embeds, positions, reference, initial_noise=noise)
+    steered = guidance.steer(0, 999, noise, None, guidance.injected(model.solver(2), 999))
     assert len(steered.losses) == 1
     if optimize == "latent":
         assert rows_left_alone(*(latents.movedim(2, -1) for latents in (steered.latents, noise))) == 0
     else:
-        assert all(rows_left_alone(steered.position[part], position[part]) == 0 for part in position)
+        assert all(rows_left_alone(steered.position[part], own[part]) == 0 for part in own)
 
 
 @clips

@@ -404,6 +404,8 @@ MATTERS = {
     "loss_threshold": vary("method", loss_threshold=0.5),
     "reference_flow": vary("method", reference_flow="soft"),
     "other_frames": vary("method", other_frames=True),
+    "stay": vary("method", stay=0.1),
+    "smooth": vary("method", smooth=0.1),
     "zero_shot": vary("method", zero_shot=True),
     "learn_with": vary("method", zero_shot=True, learn_with="a ball"),
     "steps": vary("sampling", steps=49),

@@ -31,7 +31,7 @@ DEFAULTS = ModelDefaults(
 PAPER = MethodSettings().resolve(ModelDefaults(blocks=(20,)))
 REFUSED = [
     (MethodSettings, "name", "warp", "one of none, injection, "),
-    (MethodSettings, "optimize", "weights", "latent or position"),
+    (MethodSettings, "optimize", "weights", "latent, position or coordinates"),
     (MethodSettings, "preset", "newest", "paper or official"),
     (MethodSettings, "loss_entries", "moving", "nonzero or all"),
     (MethodSettings, "loss_threshold", -0.5, "0 or more"),

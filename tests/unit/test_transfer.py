@@ -32,15 +32,15 @@ def generate(backbone, reference=None, method: MethodSettings = METHOD, **option
 # ---------------------------------------------------------------------- every loss
 
 
-@pytest.mark.parametrize("optimize", ["latent", "position"])
+@pytest.mark.parametrize("optimize", ["latent", "position", "coordinates"])
 @pytest.mark.parametrize("name", sorted(MOTION_LOSSES))
-def test_every_loss_guides_by_latents_and_by_position(backbone, moving_video, name, optimize):
+def test_every_loss_guides_by_everything_that_can_be_optimised(backbone, moving_video, name, optimize):
     method = replace(METHOD, name=name, optimize=optimize, iterations=6, learning_rate=(0.002, 0.002))
     guided, plain = generate(backbone, moving_video, method), generate(backbone, method=PLAIN)
     (losses,) = guided.losses
     assert losses[-1] < losses[0]
     assert not torch.equal(guided.latents, plain.latents)
-    assert (guided.bank is not None) == (optimize == "position")
+    assert (guided.bank is not None) == (optimize != "latent")
 
 
 def test_zero_shot_is_learning_a_bank_with_one_prompt_and_reusing_it_with_another(backbone, moving_video):
@@ -57,7 +57,7 @@ def test_zero_shot_is_learning_a_bank_with_one_prompt_and_reusing_it_with_anothe
 # ---------------------------------------------------------------------- seeds
 
 
-@pytest.mark.parametrize("optimize", ["latent", "position"])
+@pytest.mark.parametrize("optimize", ["latent", "position", "coordinates"])
 def test_a_seed_decides_every_byte_of_the_video(backbone, moving_video, optimize):
     method = replace(METHOD, optimize=optimize)
     one, same, other = (generate(backbone, moving_video, method, seed=seed) for seed in (1, 1, 2))
@@ -83,7 +83,7 @@ def test_global_random_numbers_neither_matter_nor_are_drawn(backbone, moving_vid
 # ---------------------------------------------------------------------- inputs
 
 
-@pytest.mark.parametrize("optimize", ["latent", "position"])
+@pytest.mark.parametrize("optimize", ["latent", "position", "coordinates"])
 def test_latents_alone_give_the_same_as_video_and_words(backbone, moving_video, optimize):
     method = replace(METHOD, optimize=optimize)
     generator = torch.Generator().manual_seed(1)

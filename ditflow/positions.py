@@ -1,0 +1,73 @@
+"""What `optimize: position` and `optimize: coordinates` change of a generation's position embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditflow.backbones.base import Backbone
+from ditflow.backbones.positions import MovablePosition
+from ditflow.types import LearnedPosition, PositionEmbedding, TokenGrid
+
+
+@dataclass(frozen=True)
+class FreePosition:
+    """Every value of the embedding is learned (paper, section 3.4)."""
+
+    own: PositionEmbedding
+
+    def start(self) -> LearnedPosition:
+        """Return the model's own embedding."""
+        return self.own
+
+    def embedding(self, learned: LearnedPosition) -> PositionEmbedding:
+        """Return what was learned: the embedding itself."""
+        return learned
+
+    def penalty(self, learned: LearnedPosition) -> Tensor | float:
+        """Nothing holds the values."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class MovedTokens:
+    """The tokens' coordinates are learned, as moves [S, 3] along (t, y, x) in patches from where the model has them.
+
+    stay: weight of the mean squared length of the moves; smooth: of the mean squared difference between the moves of
+    neighbours in t, y and x.
+    """
+
+    movable: MovablePosition
+    grid: TokenGrid
+    stay: float
+    smooth: float
+
+    def start(self) -> LearnedPosition:
+        """Return no move."""
+        return self.movable.unmoved()
+
+    def embedding(self, learned: LearnedPosition) -> PositionEmbedding:
+        """Return the embedding of the moved tokens."""
+        return self.movable.embedding(learned)
+
+    def penalty(self, learned: LearnedPosition) -> Tensor | float:
+        """Return what the moves cost, in patches squared times the weights; the mean over parts."""
+        return sum(self._cost(moves) for moves in learned.values()) / len(learned)
+
+    def _cost(self, moves: Tensor) -> Tensor:
+        field = moves.unflatten(0, (self.grid.frames, self.grid.height, self.grid.width))
+        rough = [field.diff(dim=axis).square().sum(dim=-1) for axis in range(3) if field.shape[axis] > 1]
+        roughness = torch.stack([difference.mean() for difference in rough]).sum() if rough else moves.new_zeros(())
+        return self.stay * moves.square().sum(dim=-1).mean() + self.smooth * roughness
+
+
+def positions_of(backbone: Backbone, grid: TokenGrid, settings: Mapping[str, Any]) -> FreePosition | MovedTokens:
+    """Return what a method with these settings, or a bank that was made with them, makes positions of."""
+    if settings.get("optimize") == "coordinates":
+        stay, smooth = (float(settings.get(name, 0.0)) for name in ("stay", "smooth"))
+        return MovedTokens(backbone.movable_position(grid), grid, stay, smooth)
+    return FreePosition(backbone.default_position(grid))
