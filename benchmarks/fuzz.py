@@ -267,7 +267,7 @@ def bank_types(data: bytes, rng: random.Random) -> bytes:
 
 def read_bank(data: bytes) -> None:
     bank = MotionBank.from_bytes(data)
-    assert len(bank.positions) == len(bank.header.timesteps)
+    assert len(bank.changes) == len(bank.header.timesteps)
 
 
 # --------------------------------------------------------------------------------------------------- the video

@@ -36,21 +36,21 @@ class BankHeader:
 
 @dataclass(frozen=True)
 class MotionBank:
-    """What was learned of the position embedding in every guided step, first step first.
+    """What was learned of the position embedding in every guided step, first step first (`LearnedPosition`).
 
     latents: the reference's latents [1, F, C, h, w], with which reuse can inject keys and values, or None.
     """
 
     header: BankHeader
-    positions: tuple[LearnedPosition, ...]
+    changes: tuple[LearnedPosition, ...]
     latents: Tensor | None = None
 
     def check_fits(self, revision: str, grid: TokenGrid, steps: int, guided_steps: int) -> None:
         """Raise BankMismatchError unless this bank was learned for this model, grid and number of steps."""
-        if guided_steps > len(self.positions):
+        if guided_steps > len(self.changes):
             raise BankMismatchError(
-                f"this motion bank has positions for {len(self.positions)} guided steps, the generation asks for "
-                f"{guided_steps}: set method.guided_steps: {len(self.positions)}, or build a bank with more"
+                f"this motion bank has positions for {len(self.changes)} guided steps, the generation asks for "
+                f"{guided_steps}: set method.guided_steps: {len(self.changes)}, or build a bank with more"
             )
         bank_grid = TokenGrid(*self.header.grid)
         for what, own, wanted in (
@@ -66,7 +66,7 @@ class MotionBank:
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""
-        tensors = {f"step.{s}.{part}": t for s, position in enumerate(self.positions) for part, t in position.items()}
+        tensors = {f"step.{s}.{part}": t for s, change in enumerate(self.changes) for part, t in change.items()}
         if self.latents is not None:
             tensors["latents"] = self.latents
         return write_artifact(_KIND, _FORMAT, asdict(self.header), tensors)
@@ -76,12 +76,12 @@ class MotionBank:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         values, tensors = read_artifact(_KIND, _FORMAT, data, name)
         header = _header(values, name)
-        positions: list[LearnedPosition] = [{} for _ in header.timesteps]
+        changes: list[LearnedPosition] = [{} for _ in header.timesteps]
         for key, tensor in tensors.items():
             if key != "latents":
-                step, part = _step_and_part(key, len(positions), name)
-                positions[step][part] = tensor
-        return cls(header, tuple(positions), tensors.get("latents"))
+                step, part = _step_and_part(key, len(changes), name)
+                changes[step][part] = tensor
+        return cls(header, tuple(changes), tensors.get("latents"))
 
     @classmethod
     def read_header(cls, data: bytes, name: str = "motion bank") -> BankHeader:

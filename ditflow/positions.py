@@ -16,17 +16,17 @@ from ditflow.types import LearnedPosition, PositionEmbedding, TokenGrid
 
 @dataclass(frozen=True)
 class FreePosition:
-    """Every value of the embedding is learned (paper, section 3.4)."""
+    """Every value of the embedding is learned (paper, section 3.4), as its change from the model's own."""
 
     own: PositionEmbedding
 
     def start(self) -> LearnedPosition:
-        """Return the model's own embedding."""
-        return self.own
+        """Return no change."""
+        return {part: torch.zeros_like(value) for part, value in self.own.items()}
 
     def embedding(self, learned: LearnedPosition) -> PositionEmbedding:
-        """Return what was learned: the embedding itself."""
-        return learned
+        """Return the changed embedding."""
+        return {part: value + learned[part] for part, value in self.own.items()}
 
     def penalty(self, learned: LearnedPosition) -> Tensor | float:
         """Nothing holds the values."""

@@ -16,7 +16,7 @@ from torch import Tensor
 PositionEmbedding = dict[str, Tensor]
 """A position embedding by part: query_cos, query_sin, key_cos, key_sin [S, d], or additive [S, D]."""
 LearnedPosition = dict[str, Tensor]
-"""What was learned of a position embedding: its parts themselves, or the moves [S, 3] of tokens, queries or keys."""
+"""What was learned of a position embedding: changes of its parts, or moves [S, 3] of tokens, or of queries and keys."""
 
 
 class TokenGridError(ValueError):

@@ -59,8 +59,8 @@ def rotary(rotary_backbone, moving_video) -> Learned:
 
 
 def assert_same_positions(one: MotionBank, other: MotionBank) -> None:
-    assert len(one.positions) == len(other.positions)
-    for position, expected in zip(one.positions, other.positions, strict=True):
+    assert len(one.changes) == len(other.changes)
+    for position, expected in zip(one.changes, other.changes, strict=True):
         assert position.keys() == expected.keys()
         assert all(torch.equal(position[part], expected[part]) for part in expected)
 
@@ -133,7 +133,7 @@ def test_the_steps_of_a_bank_stand_in_order_beyond_nine(rotary):
     positions = tuple({"query_cos": torch.full((2, 2), float(step))} for step in range(12))
     header = replace(rotary.bank.header, timesteps=tuple(range(12)))
     loaded = MotionBank.from_bytes(MotionBank(header, positions).to_bytes())
-    assert [position["query_cos"][0, 0].item() for position in loaded.positions] == list(range(12))
+    assert [position["query_cos"][0, 0].item() for position in loaded.changes] == list(range(12))
 
 
 def header_of(learned: Learned) -> dict:

@@ -272,11 +272,13 @@ class Run:
 
 @dataclass
 class Outcome:
-    """Losses by guided step and iteration, the position of every guided step, and the last latents."""
+    """Losses by guided step and iteration, the position of every guided step, the last latents, and
+    the model's own position."""
 
     losses: list[list[float]]
     positions: list[Position]
     latents: Tensor
+    own: Position
 
 
 def noised(model: PlainModel, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
@@ -312,7 +314,7 @@ def plain_transfer(model: PlainModel, inputs: Inputs, run: Run, bank: list[Posit
     with torch.no_grad():
         reference = reference_pass(model, inputs, run.name)
     latents, position, previous = inputs.initial, model.own_position(), None
-    outcome = Outcome([], [], latents)
+    outcome = Outcome([], [], latents, position)
     for step, timestep in enumerate(timesteps.tolist()):
         injected, used = None, model.own_position()
         if step < run.guided_steps:
@@ -462,10 +464,10 @@ def assert_same(came: Transferred, expected: Outcome, run: Run) -> None:
         assert losses == pytest.approx(expected_losses, rel=TOLERANCE)
     assert_close(came.latents, expected.latents)
     if run.optimize == "position" and expected.losses:
-        for position, expected_position in zip(came.bank.positions, expected.positions, strict=True):
-            assert position.keys() == expected_position.keys()
+        for changes, expected_position in zip(came.bank.changes, expected.positions, strict=True):
+            assert changes.keys() == expected_position.keys()
             for part, value in expected_position.items():
-                assert_close(position[part], value)
+                assert_close(expected.own[part] + changes[part], value)
 
 
 def check(sides: Sides, run: Run) -> None:
