@@ -36,6 +36,7 @@ import yaml
 
 from ditflow.artifact import ArtifactError
 from ditflow.bank import BankHeader, MotionBank
+from ditflow.types import TokenGrid
 from ditflow.video import VideoError, read_video
 from jobs.spec import PRESETS, SpecError, load_spec
 from pipeline.job import References
@@ -233,12 +234,18 @@ def bank_seeds() -> list[bytes]:
     provenance = {"size": [9, 32, 32], "fps": 8.0, "reference_uri": "file:///a.mp4", "seed": 1}
     method = {"name": "ditflow", "blocks": [1], "learning_rate": [0.002, 0.001]}
     header = BankHeader(
-        "mini", "0123", (3, 4, 4), 4, (999, 749), method, "a ball", ((1.0, 0.5), (0.4, 0.3)), provenance
+        "mini", "0123", (3, 2, 2), 4, (999, 749), method, "a ball", ((1.0, 0.5), (0.4, 0.3)), provenance=provenance
     )
-    rotary = tuple({part: torch.ones(6, 2) for part in ("query_cos", "query_sin", "key_cos", "key_sin")} for _ in "ab")
-    additive = tuple({"additive": torch.ones(6, 4, dtype=torch.bfloat16)} for _ in "ab")
+    rotary = [{part: torch.ones(12, 2) for part in ("query_cos", "query_sin", "key_cos", "key_sin")} for _ in "ab"]
+    additive = [{"additive": torch.ones(12, 4)} for _ in "ab"]
+    coordinates = [{"query": torch.ones(12, 3), "key": torch.ones(12, 3)} for _ in "ab"]
     latents = torch.zeros(1, 3, 2, 4, 4)
-    return [MotionBank(header, rotary, latents).to_bytes(), MotionBank(header, additive).to_bytes()]
+    banks = (
+        MotionBank.of(header, rotary, latents),
+        MotionBank.of(header, additive),
+        MotionBank.of(header, coordinates),
+    )
+    return [bank.to_bytes() for bank in (*banks, banks[0].compacted(0.1))]
 
 
 def bank_structure(data: bytes, rng: random.Random) -> bytes:
@@ -267,7 +274,8 @@ def bank_types(data: bytes, rng: random.Random) -> bytes:
 
 def read_bank(data: bytes) -> None:
     bank = MotionBank.from_bytes(data)
-    assert len(bank.changes) == len(bank.header.timesteps)
+    for step in range(bank.guided_steps):
+        assert {len(change) for change in bank.change(step).values()} == {TokenGrid(*bank.header.grid).tokens}
 
 
 # --------------------------------------------------------------------------------------------------- the video

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ditflow.artifact import ArtifactError, read_artifact, write_artifact
+from ditflow.compact import StepValues
 from ditflow.types import LearnedPosition, TokenGrid
 
-_KIND, _FORMAT = "motion bank", 1
+_KIND, _FORMAT = "motion bank", 2
+_LIBRARIES = ("ditflow", "torch", "diffusers")
+
+
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in _LIBRARIES}
 
 
 class BankMismatchError(ValueError):
@@ -21,7 +29,10 @@ class BankMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class BankHeader:
-    """Everything that a bank's embeddings depend on, and where they come from."""
+    """Everything that a bank's positions depend on, and where they come from.
+
+    model_revision: hash of the model folder, scheduler included. error: what `MotionBank.compacted` was allowed, or 0.
+    """
 
     model: str
     model_revision: str
@@ -31,42 +42,71 @@ class BankHeader:
     method: dict[str, Any]
     prompt: str = ""
     losses: tuple[tuple[float, ...], ...] = ()
+    error: float = 0.0
+    libraries: dict[str, str] = field(default_factory=_libraries)
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MotionBank:
-    """What was learned of the position embedding in every guided step, first step first (`LearnedPosition`).
+    """What was learned of the position embedding in every guided step, part by part (`LearnedPosition`).
 
     latents: the reference's latents [1, F, C, h, w], with which reuse can inject keys and values, or None.
     """
 
     header: BankHeader
-    changes: tuple[LearnedPosition, ...]
+    parts: Mapping[str, StepValues]
     latents: Tensor | None = None
 
-    def check_fits(self, revision: str, grid: TokenGrid, steps: int, guided_steps: int) -> None:
-        """Raise BankMismatchError unless this bank was learned for this model, grid and number of steps."""
-        if guided_steps > len(self.changes):
+    @classmethod
+    def of(cls, header: BankHeader, changes: Sequence[LearnedPosition], latents: Tensor | None = None) -> MotionBank:
+        """Make a bank of what every guided step has learned, first step first; every value is kept."""
+        parts = {part: StepValues(torch.stack([change[part] for change in changes]).cpu()) for part in changes[0]}
+        return cls(header, parts, latents)
+
+    @property
+    def guided_steps(self) -> int:
+        """Guided steps that it has positions for."""
+        return len(self.header.timesteps)
+
+    def change(self, step: int) -> LearnedPosition:
+        """Return what a guided step has learned, in fp32."""
+        return {part: values.at(step) for part, values in self.parts.items()}
+
+    def compacted(self, error: float) -> MotionBank:
+        """Return the bank with changes stored in as few bytes as a relative error of `error` of each part allows.
+
+        The reference's latents are kept in 16 bits. An error of 0 changes nothing.
+        """
+        if not error:
+            return self
+        parts = {part: values.compacted(error) for part, values in self.parts.items()}
+        latents = self.latents if self.latents is None else self.latents.half()
+        return MotionBank(replace(self.header, error=error), parts, latents)
+
+    def check_fits(self, revision: str, grid: TokenGrid, timesteps: Sequence[int], guided_steps: int) -> None:
+        """Raise BankMismatchError unless this bank was learned for this model, grid and schedule."""
+        if guided_steps > self.guided_steps:
             raise BankMismatchError(
-                f"this motion bank has positions for {len(self.changes)} guided steps, the generation asks for "
-                f"{guided_steps}: set method.guided_steps: {len(self.changes)}, or build a bank with more"
+                f"this motion bank has positions for {self.guided_steps} guided steps, the generation asks for "
+                f"{guided_steps}: set method.guided_steps: {self.guided_steps}, or build a bank with more"
             )
-        bank_grid = TokenGrid(*self.header.grid)
-        for what, own, wanted in (
-            ("model revision", f"{self.header.model_revision} ({self.header.model})", revision),
-            ("token grid", str(bank_grid), str(grid)),
-            ("number of denoising steps", str(self.header.steps), str(steps)),
+        own, first = self.header, list(timesteps[: self.guided_steps])
+        for what, its, wanted in (
+            ("model revision", own.model_revision, revision),
+            ("token grid", str(TokenGrid(*own.grid)), str(grid)),
+            ("number of denoising steps", own.steps, len(timesteps)),
+            ("first timesteps", list(own.timesteps), first),
         ):
-            if own.split(" ")[0] != wanted:
+            if its != wanted:
                 raise BankMismatchError(
-                    f"this motion bank's {what} is {own}, the generation's is {wanted}. Learned positions serve only "
-                    "the setting they were learned in: change the setting, or build a bank for it."
+                    f"this motion bank's {what} is {its}, the generation's is {wanted}. Positions that were learned, "
+                    f"here with {own.model}, serve only their own setting: change the setting, or build a bank for it."
                 )
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""
-        tensors = {f"step.{s}.{part}": t for s, change in enumerate(self.changes) for part, t in change.items()}
+        tensors = {f"{part}.{form}": t for part, values in self.parts.items() for form, t in values.tensors.items()}
         if self.latents is not None:
             tensors["latents"] = self.latents
         return write_artifact(_KIND, _FORMAT, asdict(self.header), tensors)
@@ -75,13 +115,18 @@ class MotionBank:
     def from_bytes(cls, data: bytes, name: str = "motion bank") -> MotionBank:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         values, tensors = read_artifact(_KIND, _FORMAT, data, name)
-        header = _header(values, name)
-        changes: list[LearnedPosition] = [{} for _ in header.timesteps]
+        header, latents = _header(values, name), tensors.pop("latents", None)
+        if latents is not None and latents.ndim != 5:
+            raise ArtifactError(f"{name} has latents of shape {list(latents.shape)}, expected 5 axes: it is damaged")
+        forms: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            if key != "latents":
-                step, part = _step_and_part(key, len(changes), name)
-                changes[step][part] = tensor
-        return cls(header, tuple(changes), tensors.get("latents"))
+            part, form = _part_and_form(key, name)
+            forms.setdefault(part, {})[form] = tensor
+        parts = {part: _step_values(part, tensors, header, name) for part, tensors in forms.items()}
+        if parts.keys() not in _PARTS:
+            known, came = " or ".join(", ".join(sorted(names)) for names in _PARTS), ", ".join(parts) or "nothing"
+            raise ArtifactError(f"{name} has positions of {came}, expected {known}: it is damaged")
+        return cls(header, parts, latents)
 
     @classmethod
     def read_header(cls, data: bytes, name: str = "motion bank") -> BankHeader:
@@ -89,14 +134,35 @@ class MotionBank:
         return cls.from_bytes(data, name).header
 
 
-def _step_and_part(key: str, steps: int, name: str) -> tuple[int, str]:
-    """Return the guided step and the part of a position embedding that a tensor's name tells."""
-    match = re.fullmatch(r"step\.(\d{1,4})\.(\w+)", key, re.ASCII)
-    if match is None or int(match[1]) >= steps:
+_PARTS = ({"query_cos", "query_sin", "key_cos", "key_sin"}, {"additive"}, {"query", "key"}, {"token"})
+"""Of free positions, rotary and additive, and of coordinates, rotary and additive."""
+
+
+def _part_and_form(key: str, name: str) -> tuple[str, str]:
+    """Return which part of a position a tensor belongs to, and what of it."""
+    match = re.fullmatch(r"(\w+)\.(whole|left|right)", key, re.ASCII)
+    if match is None:
         raise ArtifactError(
-            f"{name} has a tensor {key!r:.100}, expected latents or step.S.PART with S below {steps}: it is damaged"
+            f"{name} has a tensor {key!r:.100}, expected latents or PART.whole, PART.left, PART.right: it is damaged"
         )
-    return int(match[1]), match[2]
+    return match[1], match[2]
+
+
+def _step_values(part: str, tensors: dict[str, Tensor], header: BankHeader, name: str) -> StepValues:
+    """Return a part's values; ArtifactError unless they have a row for every token in every guided step."""
+    axes = {"whole": 3, "left": 2, "right": 3}
+    complete = tensors.keys() in ({"whole"}, {"left", "right"})
+    if complete and all(t.ndim == axes[form] and t.is_floating_point() for form, t in tensors.items()):
+        values = StepValues(**tensors)
+        expected = (len(header.timesteps), TokenGrid(*header.grid).tokens)
+        ranks = {t.shape[-1] for t in tensors.values()}
+        if values.shape[:2] == expected and (values.whole is not None or len(ranks) == 1):
+            return values
+    came = ", ".join(f"{form} {t.dtype} {list(t.shape)}" for form, t in tensors.items())
+    raise ArtifactError(
+        f"{name} has for {part} the tensors {came}: expected numbers for {len(header.timesteps)} steps of a "
+        f"{TokenGrid(*header.grid)} grid. It is damaged"
+    )
 
 
 def _header(values: dict[str, Any], name: str) -> BankHeader:
@@ -153,6 +219,11 @@ _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "timesteps": (f"up to {_MOST_STEPS} numbers", lambda value: _is_list(value, _is_number, _MOST_STEPS)),
     "method": ("a mapping", lambda value: isinstance(value, dict)),
     "prompt": ("a text", _is_text),
+    "error": ("a share of 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "libraries": (
+        "versions by name",
+        lambda value: isinstance(value, dict) and all(map(_is_text, [*value, *value.values()])),
+    ),
     "losses": (
         "a list of numbers for every step",
         lambda value: _is_list(value, lambda step: _is_list(step, _is_number, _MOST_LOSSES) and step, _MOST_STEPS),

@@ -97,7 +97,7 @@ class Guidance:
     ) -> Steered:
         """Optimise the latents or the position of one guided step, or take the bank's position."""
         if self.bank is not None:
-            stored = {part: value.to(latents.device) for part, value in self.bank.changes[step].items()}
+            stored = {part: value.to(latents.device) for part, value in self.bank.change(step).items()}
             return Steered(latents, self.positions.embedding(stored), [])
         own = self.positions.start()
         if self.method.loss is None:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ditflow.backbones.base import Backbone
-from ditflow.bank import BankHeader, MotionBank
+from ditflow.bank import BankHeader, BankMismatchError, MotionBank
 from ditflow.denoise import Denoised, OnStep, denoise
 from ditflow.guidance import Guidance
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
-from ditflow.types import StepRecord
+from ditflow.types import StepRecord, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,9 @@ def _check_reference(
     """Refuse a reference or bank that is missing, incomplete, or made for something else."""
     grid = backbone.grid(initial_latents)
     if bank is not None:
-        bank.check_fits(backbone.revision, grid, steps, method.count_guided_steps(steps))
+        timesteps = backbone.solver(steps).timesteps.tolist()
+        bank.check_fits(backbone.revision, grid, timesteps, method.count_guided_steps(steps))
+        _check_shapes(backbone, bank, grid)
     elif motion is None:
         raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
     else:
@@ -261,6 +263,20 @@ def _check_reference(
         raise ValueError(
             "injection needs the reference's latents, and this reference was kept without: set method.injection: "
             "false, or extract it (or build the bank) with injection: true"
+        )
+
+
+def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid) -> None:
+    """Refuse a bank whose tensors are not those of its own header: somebody has changed it."""
+    start = positions_of(backbone, grid, bank.header.method).start()
+    shapes = {part: tuple(value.shape) for part, value in start.items()}
+    came = {part: values.shape[1:] for part, values in bank.parts.items()}
+    if came != shapes:
+        raise BankMismatchError(f"this motion bank has positions {came}, the model's are {shapes}: it is damaged")
+    if bank.latents is not None and backbone.grid(bank.latents) != grid:
+        raise BankMismatchError(
+            f"this motion bank has a reference's latents {list(bank.latents.shape)}, which make no {grid} grid: it is "
+            "damaged"
         )
 
 
@@ -276,7 +292,7 @@ def _bank_of(
         method=settings_dict(method),
         losses=tuple(tuple(record.losses) for record in denoised.records if record.losses),
     )
-    return MotionBank(header, tuple(denoised.positions), motion.latents)
+    return MotionBank.of(header, denoised.positions, motion.latents)
 
 
 def _signed(bank: MotionBank | None, prompt: str, size: tuple[int, int, int]) -> MotionBank | None:

@@ -67,7 +67,7 @@ def test_synthesize_bank_and_reuse_end_to_end(job_folder):
     _, tally, _ = run(banks)
     assert tally.ok == 2
     files = sorted((job_folder / "bank/banks").iterdir())
-    assert len(MotionBank.from_bytes(files[0].read_bytes()).changes) == 2
+    assert MotionBank.from_bytes(files[0].read_bytes()).guided_steps == 2
 
     reuse = {"references": {}, "banks": {"uri": str(job_folder / "bank/banks")}, "prompts": ["a cross on wood"]}
     _, tally, _ = run(write_spec(job_folder, kind="reuse", output={"uri": str(job_folder / "reuse")}, **bank, **reuse))

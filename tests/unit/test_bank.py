@@ -14,6 +14,7 @@ from ditflow.bank import BankMismatchError, MotionBank
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
+from ditflow.types import TokenGrid
 
 STEPS, GUIDED_STEPS = 4, 2
 PROMPT = "a red ball"
@@ -59,10 +60,11 @@ def rotary(rotary_backbone, moving_video) -> Learned:
 
 
 def assert_same_positions(one: MotionBank, other: MotionBank) -> None:
-    assert len(one.changes) == len(other.changes)
-    for position, expected in zip(one.changes, other.changes, strict=True):
-        assert position.keys() == expected.keys()
-        assert all(torch.equal(position[part], expected[part]) for part in expected)
+    assert one.guided_steps == other.guided_steps
+    for step in range(one.guided_steps):
+        change, expected = one.change(step), other.change(step)
+        assert change.keys() == expected.keys()
+        assert all(torch.equal(change[part], expected[part]) for part in expected)
 
 
 # ---------------------------------------------------------------------- learning
@@ -128,12 +130,33 @@ def test_the_same_bank_gives_the_same_bytes(learned):
     assert learned.bank.to_bytes() == learned.data
 
 
-def test_the_steps_of_a_bank_stand_in_order_beyond_nine(rotary):
-    """Names sort as step.1, step.10, step.2: the order must not come from them."""
-    positions = tuple({"query_cos": torch.full((2, 2), float(step))} for step in range(12))
+def test_the_steps_of_a_bank_stand_in_order(rotary):
+    tokens = TokenGrid(*rotary.bank.header.grid).tokens
+    changes = [{"query": torch.full((tokens, 3), float(n)), "key": torch.zeros(tokens, 3)} for n in range(12)]
     header = replace(rotary.bank.header, timesteps=tuple(range(12)))
-    loaded = MotionBank.from_bytes(MotionBank(header, positions).to_bytes())
-    assert [position["query_cos"][0, 0].item() for position in loaded.changes] == list(range(12))
+    loaded = MotionBank.from_bytes(MotionBank.of(header, changes).to_bytes())
+    assert [loaded.change(step)["query"][0, 0].item() for step in range(12)] == list(range(12))
+
+
+@pytest.mark.parametrize("error", [0.3, 0.05, 0.002])
+def test_a_compacted_bank_is_smaller_and_as_near_as_was_asked_for(learned, error):
+    small = learned.bank.compacted(error)
+    assert small.header.error == error
+    assert len(small.to_bytes()) < 0.8 * len(learned.data)
+    for part, values in small.parts.items():
+        true = learned.bank.parts[part].whole
+        came = torch.stack([values.at(step) for step in range(len(true))])
+        assert (came - true).norm() <= error * true.norm()
+    assert_same_positions(MotionBank.from_bytes(small.to_bytes()), small)
+
+
+def test_a_bank_compacted_by_nothing_is_the_bank(learned):
+    assert learned.bank.compacted(0.0) is learned.bank
+
+
+def test_a_compacted_bank_moves_the_video_almost_the_same(learned, backbone):
+    whole, small = (generate(backbone, bank) for bank in (learned.bank, learned.bank.compacted(0.01)))
+    assert (small.latents - whole.latents).norm() < 0.01 * whole.latents.norm()
 
 
 def header_of(learned: Learned) -> dict:
@@ -151,7 +174,7 @@ def header_of(learned: Learned) -> dict:
             lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
             "my.safetensors has motion bank format 1000.*reads up to.*upgrade ditflow",
         ),
-        (lambda learned: write_artifact("motion bank", 1, {"model": "x"}, {}), "incomplete or unknown motion bank"),
+        (lambda learned: write_artifact("motion bank", 2, {"model": "x"}, {}), "incomplete or unknown motion bank"),
     ],
     ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "no-header"],
 )
@@ -161,11 +184,11 @@ def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
 
 
 def with_header(learned: Learned, **changes) -> bytes:
-    return write_artifact("motion bank", 1, {**header_of(learned), **changes}, {})
+    return write_artifact("motion bank", 2, {**header_of(learned), **changes}, {})
 
 
-def renamed(learned: Learned, name: str) -> bytes:
-    return write_artifact("motion bank", 1, header_of(learned), {name: torch.zeros(2, 2)})
+def renamed(learned: Learned, name: str, *shape: int) -> bytes:
+    return write_artifact("motion bank", 2, header_of(learned), {name: torch.zeros(shape or (2, 2))})
 
 
 def rewritten(learned: Learned, change) -> bytes:
@@ -193,11 +216,18 @@ DAMAGED = {
     "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5: expected a text"),
     "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance .*three counts"),
     "an unknown field": (lambda bank: with_header(bank, colour="red"), "incomplete or unknown"),
-    "a tensor without a step": (lambda bank: renamed(bank, "latent"), "tensor 'latent', expected latents or step"),
-    "a tensor of a step beyond": (lambda bank: renamed(bank, "step.2.query_cos"), "S below 2"),
-    "a tensor of the last step but one": (lambda bank: renamed(bank, "step.-1.query_cos"), "S below 2"),
+    "a tensor of no part": (lambda bank: renamed(bank, "positions"), "tensor 'positions', expected latents or PART"),
+    "a tensor of no form": (lambda bank: renamed(bank, "query.middle"), "expected latents or PART.whole"),
+    "latents without frames": (lambda bank: renamed(bank, "latents"), r"latents of shape \[2, 2\], expected 5 axes"),
+    "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query the tensors left torch.float32 \[2, 2\]"),
+    "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), r"expected numbers for 2 steps of"),
+    "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
+    "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "positions of query, expected"),
+    "no part": (lambda bank: with_header(bank), "positions of nothing, expected"),
+    "an error of 2": (lambda bank: with_header(bank, error=2), "error 2: expected a share"),
+    "versions of nothing": (lambda bank: with_header(bank, libraries=["torch"]), "libraries .*expected versions"),
     "a header in pieces": (
-        lambda bank: rewritten(bank, lambda text: text.replace(b'{\\"format', b'[\\"format')), "that is no JSON "
+        lambda bank: rewritten(bank, lambda text: text.replace(b'{\\"error', b'[\\"error')), "that is no JSON "
     ),
     "a header that is a list": (lambda bank: bare({"__metadata__": {"ditflow": "[1]"}}), r"no JSON object but \[1\]"),
     "a header nested without end": (lambda bank: bare({"__metadata__": {"ditflow": "[" * 100_000}}), "is no JSON "),
@@ -264,9 +294,8 @@ def test_a_bank_moves_the_video_of_another_prompt(learned, backbone):
 
 def test_another_model_revision_is_refused(rotary, rotary_backbone):
     stranger = replace(rotary.bank, header=replace(rotary.bank.header, model_revision="other"))
-    with pytest.raises(
-        BankMismatchError, match=rf"model revision is other \(tiny-rotary\).*is {rotary_backbone.revision}"
-    ):
+    expected = f"model revision is other, the generation's is {rotary_backbone.revision}.*with tiny-rotary"
+    with pytest.raises(BankMismatchError, match=expected):
         generate(rotary_backbone, stranger)
 
 
