@@ -232,6 +232,18 @@ def gain_over_plain(systems: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def gain_on_pans(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return for every block by how much less than no motion it errs on the ground of panning clips, in patches."""
+    errors = {name: figures["ground_error (pan)"]["values"] for name, figures in rows.items()}
+    panning = [clip for clip, error in enumerate(errors["zero flow"]) if error is not None]
+    still = [errors["zero flow"][clip] for clip in panning]
+    return {
+        name: _rounded(paired_difference(still, [values[clip] for clip in panning]))
+        for name, values in errors.items()
+        if name.startswith("block")
+    }
+
+
 def guided_clip_seconds(model: str, rounds: int = 5) -> dict[str, Any]:
     """Seconds of a guided clip from pixels to pixels, alone on this machine; a first one warms up."""
     backbone, (reference, target) = backbones.load(model), sample_pair(0, "eval", sprites=1)
@@ -252,6 +264,8 @@ def print_table(model: str, parts: Mapping[str, Any]) -> None:
     print(f"\n{model}\nreconstruction PSNR {_told(psnr)} dB")
     flow = ("sprite_error", "sprite_within", "ground_length (rest)", "ground_error (pan)")
     print_rows(parts["flow"]["rows"], flow)
+    for name, gain in parts["flow"]["gain on pans"].items():
+        print(f"{name}: nearer to the ground's motion under a pan than no motion by {_told(gain)} patches")
     print_rows(
         parts["transfer"]["rows"],
         ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background"),
@@ -342,6 +356,8 @@ def measure(model: str, asked: argparse.Namespace) -> dict[str, Any]:
         for name, score in SCORES.items():
             if name in asked.parts:
                 parts[name] = {**about, "measured": _now(), "rows": bench.measure(score, model)}
+    if "flow" in parts:
+        parts["flow"]["gain on pans"] = gain_on_pans(parts["flow"]["rows"])
     if "transfer" in parts:
         parts["transfer"]["gain over plain"] = gain_over_plain(parts["transfer"]["rows"])
     if SECONDS in asked.parts:

@@ -96,8 +96,8 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=2800, batch=8, learning_rate=5e-3, average_decay=0.99, sample_steps=200),
-    "rotary": Recipe(steps=15000, batch=16, learning_rate=4e-3, images=24),
-    "additive": Recipe(steps=13500, batch=16, learning_rate=4e-3, images=24),
+    "rotary": Recipe(steps=17000, batch=16, learning_rate=4e-3, images=24),
+    "additive": Recipe(steps=16000, batch=16, learning_rate=4e-3, images=24),
 }
 
 
