@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: quickstart test check format bench bench-mini sweep-mini chaos mini clean
 
 quickstart: .venv/installed
-	$(BIN)/ditflow mini clips outputs/quickstart/references --count 2
+	$(BIN)/ditflow mini clips outputs/quickstart/references --seed 1 --count 2 --sprites 1
 	$(BIN)/ditflow run jobs/quickstart.yaml jobs/quickstart-bank.yaml jobs/quickstart-reuse.yaml
 	@echo
 	@echo "Look at: outputs/quickstart/references/*.mp4             where the motion comes from"

@@ -592,11 +592,12 @@ def mini_clips(
     folder: Annotated[Path, typer.Argument(help="Where the clips go.")],
     count: Annotated[int, typer.Option(help="How many.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+    sprites: Annotated[int | None, typer.Option(help="In every clip; left out: one or two.", min=1, max=2)] = None,
 ) -> None:
     """Render clips of the synthetic world, with known motion, as reference videos. Existing files are kept."""
     from jobs.clips import render_clips
 
-    render_clips(folder, count, seed)
+    render_clips(folder, count, seed, sprites)
 
 
 @mini_app.command("pairs")

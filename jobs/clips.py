@@ -19,9 +19,12 @@ REFERENCE_CRF = 4
 """x264's quality for clips that are made of frames: files as large as JPEG frames, so that little is lost twice."""
 
 
-def render_clips(folder: Path, count: int, seed: int) -> None:
-    """Render clips of the world's evaluation split as mp4, each with its prompt beside it; keep what is there."""
-    _render({folder / f"clip-{number:04d}.mp4": (number, None) for number in range(seed, seed + count)}.items())
+def render_clips(folder: Path, count: int, seed: int, sprites: int | None = None) -> None:
+    """Render clips of the world's evaluation split as mp4, each with its prompt beside it; keep what is there.
+
+    sprites: in every clip (None: one or two, as the seed says).
+    """
+    _render({folder / f"clip-{number:04d}.mp4": (number, sprites) for number in range(seed, seed + count)}.items())
 
 
 def render_pairs(folder: Path, count: int, seed: int) -> None:

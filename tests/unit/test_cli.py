@@ -120,6 +120,13 @@ def test_a_clip_that_is_there_is_kept(clips):
     assert [clip.stat().st_mtime_ns for clip in clips] == before
 
 
+def test_clips_have_as_many_sprites_as_asked_for(tmp_path):
+    for sprites in (1, 2):
+        ditflow("mini", "clips", tmp_path / str(sprites), "--count", 3, "--sprites", sprites)
+        prompts = [file.read_text() for file in (tmp_path / str(sprites)).glob("*.txt")]
+        assert [prompt.count(" and ") for prompt in prompts] == [sprites - 1] * 3
+
+
 def test_rendered_pairs_come_with_a_table_of_prompts_in_three_classes(tmp_path):
     ditflow("mini", "pairs", tmp_path, "--count", 3, "--seed", 3)
     with (tmp_path / "pairs.csv").open(newline="") as stream:
