@@ -6,7 +6,8 @@ A field that is None takes the model's own default: see `ModelDefaults` and `Met
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ditflow.losses import MOTION_LOSSES
@@ -34,6 +35,7 @@ class ModelDefaults:
 
     position_learning_rate: of methods that optimise the position embedding (None: the same as of latents).
     coordinates_learning_rate: of methods that optimise the tokens' coordinates, in patches.
+    losses: what serves single motion losses better, by their names: some of the other fields.
     """
 
     blocks: tuple[int, ...]
@@ -46,6 +48,13 @@ class ModelDefaults:
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
+    losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        valid = {f.name for f in fields(self)} & {f.name for f in fields(MethodSettings)}
+        for loss, own in self.losses.items():
+            _require(loss in METHODS, "losses", loss, f"one of {', '.join(METHODS)}")
+            _require(own.keys() <= valid, f"losses.{loss}", list(own), f"some of {', '.join(sorted(valid))}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class MethodSettings:
 
     def resolve(self, defaults: ModelDefaults) -> MethodSettings:
         """Fill every None with the model's default."""
+        defaults = replace(defaults, **defaults.losses.get(self.name, {}))
         rates = {"position": defaults.position_learning_rate, "coordinates": defaults.coordinates_learning_rate}
         if (rate := rates.get(self.optimize)) is not None:
             defaults = replace(defaults, learning_rate=rate)

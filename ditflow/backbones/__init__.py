@@ -6,6 +6,7 @@ A new one is a new file here, or in `backbones/` of a folder in `DITFLOW_PLUGINS
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -132,4 +133,11 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     valid = [field.name for field in fields(ModelDefaults)]
     if unknown := sorted(set(values) - set(valid)):
         raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
+    if "losses" in values:
+        values["losses"] = {loss: _tuples(own) for loss, own in values["losses"].items()}
+    return _tuples(values)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

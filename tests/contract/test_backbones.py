@@ -210,11 +210,14 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         "steps": 8,
         "guidance_scale": 2.0,
         "dynamic_guidance_scale": False,
+        "losses": {"smm": {"blocks": [1]}},
     }
     plain = backbones.load(str(model_folder), device="cpu")
     (model_folder / "ditflow.json").write_text(json.dumps(own))
     overridden = backbones.load(str(model_folder), device="cpu")
-    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), (0.2, 0.1), (0.4, 0.3), 8, 2.0, False)
+    assert overridden.defaults == ModelDefaults(
+        (0, 3), 3.0, 0.5, 2, (0.1, 0.05), (0.2, 0.1), (0.4, 0.3), 8, 2.0, False, {"smm": {"blocks": (1,)}}
+    )
     assert plain.defaults != overridden.defaults
     assert plain.revision == overridden.revision
 

@@ -127,6 +127,27 @@ def test_a_model_may_have_a_learning_rate_of_its_own_for_positions():
     assert MethodSettings(optimize="position").resolve(DEFAULTS).learning_rate == DEFAULTS.learning_rate
 
 
+def test_a_model_may_serve_single_losses_better():
+    own = replace(DEFAULTS, losses={"smm": {"blocks": (5,), "learning_rate": (0.2, 0.1)}})
+    assert MethodSettings("smm").resolve(own).blocks == (5,)
+    assert MethodSettings("smm").resolve(own).learning_rate == (0.2, 0.1)
+    assert MethodSettings("smm").resolve(own).temperature == DEFAULTS.temperature
+    assert MethodSettings("smm", blocks=(1,)).resolve(own).blocks == (1,)
+    assert MethodSettings("moft").resolve(own) == MethodSettings("moft").resolve(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({"warp": {}}, "losses: 'warp' is not valid: expected one of none, injection"),
+        ({"smm": {"steps": 3}}, "losses.smm"),
+    ],
+)
+def test_defaults_of_unknown_losses_and_of_what_a_loss_has_not_are_refused(losses, said):
+    with pytest.raises(SettingsError, match=said):
+        replace(DEFAULTS, losses=losses)
+
+
 def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
     own = MethodSettings()
