@@ -115,6 +115,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "position_learning_rate": [0.01, 0.005],
         "steps": 25,
         "guidance_scale": 5.0,
+        "losses": {
+            "motionclone": {"blocks": [3, 4], "learning_rate": [0.02, 0.01]},
+            "moft": {"blocks": [2], "learning_rate": [0.01, 0.005]},
+            "smm": {"blocks": [2], "learning_rate": [0.01, 0.005]},
+        },
     },
 }
 """What `python -m benchmarks.mini_sweep` found best on the shipped weights; `ditflow.json` of each folder."""
