@@ -108,6 +108,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "position_learning_rate": [0.002, 0.001],
         "steps": 25,
         "guidance_scale": 5.0,
+        "losses": {
+            "motionclone": {"blocks": [2], "learning_rate": [0.16, 0.08]},
+            "moft": {"blocks": [2], "learning_rate": [0.04, 0.02]},
+            "smm": {"blocks": [2], "learning_rate": [0.16, 0.08]},
+        },
     },
     "additive": {
         "blocks": [3],
