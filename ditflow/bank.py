@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class MotionBank:
     def guided_steps(self) -> int:
         """Guided steps that it has positions for."""
         return len(self.header.timesteps)
+
+    @property
+    def optimize(self) -> Literal["position", "coordinates"]:
+        """What was optimised, `position` or `coordinates`."""
+        return "coordinates" if self.parts.keys() <= {"query", "key", "token"} else "position"
 
     def change(self, step: int) -> LearnedPosition:
         """Return what a guided step has learned, in fp32."""

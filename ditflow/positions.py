@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +63,10 @@ class MovedTokens:
         return self.stay * moves.square().sum(dim=-1).mean() + self.smooth * roughness
 
 
-def positions_of(backbone: Backbone, grid: TokenGrid, settings: Mapping[str, Any]) -> FreePosition | MovedTokens:
-    """Return what a method with these settings, or a bank that was made with them, makes positions of."""
-    if settings.get("optimize") == "coordinates":
-        stay, smooth = (float(settings.get(name, 0.0)) for name in ("stay", "smooth"))
+def positions_of(
+    backbone: Backbone, grid: TokenGrid, optimize: str, stay: float = 0.0, smooth: float = 0.0
+) -> FreePosition | MovedTokens:
+    """Return what positions are made of by a method, or a bank, of this kind (`MethodSettings.optimize`)."""
+    if optimize == "coordinates":
         return MovedTokens(backbone.movable_position(grid), grid, stay, smooth)
     return FreePosition(backbone.default_position(grid))

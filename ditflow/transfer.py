@@ -186,8 +186,9 @@ def generate_latents(
     if method.needs_reference:
         _check_reference(backbone, motion, bank, initial_latents, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
-        own = settings_dict(method) if bank is None else bank.header.method
-        positions = positions_of(backbone, backbone.grid(initial_latents), own)
+        grid = backbone.grid(initial_latents)
+        optimize = method.optimize if bank is None else bank.optimize
+        positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
         guidance = Guidance(backbone, method, guided_steps, prompt_embeds, positions, motion, bank, initial_latents)
     embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
     last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
@@ -268,7 +269,7 @@ def _check_reference(
 
 def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid) -> None:
     """Refuse a bank whose tensors are not those of its own header: somebody has changed it."""
-    start = positions_of(backbone, grid, bank.header.method).start()
+    start = positions_of(backbone, grid, bank.optimize).start()
     shapes = {part: tuple(value.shape) for part, value in start.items()}
     came = {part: values.shape[1:] for part, values in bank.parts.items()}
     if came != shapes:

@@ -145,9 +145,7 @@ def _as_learned(
     """Take from the bank what the user left open: it serves only the schedule that it was learned in."""
     guided_steps = method.guided_steps or bank.guided_steps
     steps = sampling.steps or bank.header.steps
-    return replace(method, optimize=bank.header.method["optimize"], guided_steps=guided_steps), replace(
-        sampling, steps=steps
-    )
+    return replace(method, optimize=bank.optimize, guided_steps=guided_steps), replace(sampling, steps=steps)
 
 
 def _source(

@@ -16,7 +16,7 @@ from ditflow.guidance import Guidance, optimise
 from ditflow.losses.amf import AttentionMotionFlowLoss
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
+from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, generate_latents, transfer_latents
 from ditflow.types import NonFiniteLossError, QueriesKeys, StaticReferenceError, TokenGrid
 
@@ -422,7 +422,7 @@ def test_the_plain_backbone_does_nothing_but_predict(backbone, inputs):
 def first_loss(backbone, inputs: Inputs, method: MethodSettings) -> float:
     resolved = method.resolve(backbone.defaults)
     reference = reference_from_latents(backbone, inputs.reference, inputs.empty, resolved)
-    positions = positions_of(backbone, backbone.grid(inputs.initial), settings_dict(resolved))
+    positions = positions_of(backbone, backbone.grid(inputs.initial), resolved.optimize)
     guidance = Guidance(backbone, resolved, GUIDED_STEPS, inputs.prompt, positions, reference, None, inputs.initial)
     injected = guidance.injected(backbone.solver(STEPS), 749)
     return guidance.steer(0, 749, inputs.initial, None, injected).losses[0]

@@ -19,7 +19,7 @@ from ditflow.losses import MOTION_LOSSES
 from ditflow.mini import build
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings, SettingsError, settings_dict
+from ditflow.settings import MethodSettings, SamplingSettings, SettingsError
 from ditflow.transfer import learn_bank, transfer_latents, transfer_motion
 from ditflow.types import QueriesKeys, TokenGrid
 from jobs.spec import SpecError, load_spec
@@ -110,7 +110,7 @@ def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     reference = reference_from_latents(model, reference_latents, embeds, method)
     reference = MotionReference.from_bytes(reference.to_bytes())
     grid = grid_of(model, *clip)
-    positions, own = positions_of(model, grid, settings_dict(method)), model.default_position(grid)
+    positions, own = positions_of(model, grid, method.optimize), model.default_position(grid)
     guidance = Guidance(model, method, 1, embeds, positions, reference, initial_noise=noise)
     steered = guidance.steer(0, 999, noise, None, guidance.injected(model.solver(2), 999))
     assert len(steered.losses) == 1
