@@ -102,32 +102,37 @@ class Guidance:
         own = self.positions.start()
         if self.method.loss is None:
             return Steered(latents, self.positions.embedding(own), [])
-        assert self.method.iterations is not None, "resolve() first"
         rate = self.method.learning_rates(self.guided_steps)[step]
         if self.method.optimize == "latent":
-            latents, learned = latents.detach().clone().requires_grad_(), own
-            variables = [latents]
-        else:
-            learned = {part: v.detach().clone().requires_grad_() for part, v in (warm_start or own).items()}
-            variables = list(learned.values())
-        with torch.enable_grad():
-            losses = optimise(
-                variables,
-                lambda: self._loss(timestep, latents, learned, injected),
-                rate,
-                self.method.iterations,
-                lambda: self.positions.penalty(learned),
-            )
+            latents, position = latents.detach().clone().requires_grad_(), self.positions.embedding(own)
+            losses = self._optimise([latents], lambda: self._loss(timestep, latents, position, injected), rate)
+            return Steered(latents.detach(), position, losses, rate)
+        learned = {part: v.detach().clone().requires_grad_() for part, v in (warm_start or own).items()}
+        losses = self._optimise(
+            learned.values(),
+            lambda: self._loss(timestep, latents, self.positions.embedding(learned), injected),
+            rate,
+            lambda: self.positions.penalty(learned),
+        )
         learned = {part: value.detach() for part, value in learned.items()}
-        position = self.positions.embedding(learned)
-        kept = None if self.method.optimize == "latent" else learned
-        return Steered(latents.detach(), position, losses, rate, kept)
+        return Steered(latents, self.positions.embedding(learned), losses, rate, learned)
 
-    def _loss(self, timestep: int, latents: Tensor, learned: LearnedPosition, injected: KeysValues | None) -> Tensor:
+    def _optimise(
+        self,
+        variables: Iterable[Tensor],
+        loss_of: Callable[[], Tensor],
+        rate: float,
+        penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
+    ) -> list[float]:
+        assert self.method.iterations is not None, "resolve() first"
+        with torch.enable_grad():
+            return optimise(variables, loss_of, rate, self.method.iterations, penalty_of)
+
+    def _loss(self, timestep: int, latents: Tensor, position: PositionEmbedding, injected: KeysValues | None) -> Tensor:
         """Motion loss of the video in the making, averaged over the guidance blocks."""
         assert self.method.loss is not None and self.method.blocks is not None and self.reference is not None
         loss = MOTION_LOSSES[self.method.loss].from_settings(self.method)
-        blocks, position = self.method.blocks, self.positions.embedding(learned)
+        blocks = self.method.blocks
         captured = self.backbone.capture(
             latents, timestep, self.prompt_embeds, blocks, position, injected, loss.captures
         )

@@ -24,7 +24,7 @@ from ditflow.guidance import Guidance
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
-from ditflow.types import StepRecord, TokenGrid
+from ditflow.types import LearnedPosition, StepRecord, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,13 @@ def generate_latents(
     motion = _injection_only(reference, backbone) if isinstance(reference, MotionBank) else reference
     guidance = None
     if method.needs_reference:
-        _check_reference(backbone, motion, bank, initial_latents, method, sampling.steps)
-        guided_steps = method.count_guided_steps(sampling.steps)
         grid = backbone.grid(initial_latents)
+        _check_reference(backbone, motion, bank, grid, method, sampling.steps)
+        guided_steps = method.count_guided_steps(sampling.steps)
         optimize = method.optimize if bank is None else bank.optimize
         positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
+        if bank is not None:
+            _check_shapes(backbone, bank, grid, positions.start())
         guidance = Guidance(backbone, method, guided_steps, prompt_embeds, positions, motion, bank, initial_latents)
     embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
     last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
@@ -246,16 +248,14 @@ def _check_reference(
     backbone: Backbone,
     motion: MotionReference | None,
     bank: MotionBank | None,
-    initial_latents: Tensor,
+    grid: TokenGrid,
     method: MethodSettings,
     steps: int,
 ) -> None:
     """Refuse a reference or bank that is missing, incomplete, or made for something else."""
-    grid = backbone.grid(initial_latents)
     if bank is not None:
         timesteps = backbone.solver(steps).timesteps.tolist()
         bank.check_fits(backbone.revision, grid, timesteps, method.count_guided_steps(steps))
-        _check_shapes(backbone, bank, grid)
     elif motion is None:
         raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
     else:
@@ -267,9 +267,8 @@ def _check_reference(
         )
 
 
-def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid) -> None:
+def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid, start: LearnedPosition) -> None:
     """Refuse a bank whose tensors are not those of its own header: somebody has changed it."""
-    start = positions_of(backbone, grid, bank.optimize).start()
     shapes = {part: tuple(value.shape) for part, value in start.items()}
     came = {part: values.shape[1:] for part, values in bank.parts.items()}
     if came != shapes:

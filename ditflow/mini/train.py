@@ -127,7 +127,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What `python -m benchmarks.mini_sweep` found best on the shipped weights; `ditflow.json` of each folder."""
+"""What `python -m benchmarks.mini_sweep` found best; `ditflow.json` of each folder."""
 
 
 class Training:
