@@ -72,11 +72,15 @@ class Measurements:
     store: Store
 
     def todo(self, settings: MetricSettings) -> list[Task]:
-        """Return the finished videos of the job with what is to be measured of them, none for those that have all."""
+        """Return the finished videos of the job with what is to be measured of them, none for those that have all.
+
+        Videos of one reference come one after the other, so that it is looked at once by each worker.
+        """
         done = {(row["row_id"], row["metric"], row["settings_id"]) for row in self.read().to_pylist()}
         wanted = [(name, settings_id(name, settings)) for name in settings.names]
         tasks = []
-        for row in Manifest(self.store).read().to_pylist():
+        rows = Manifest(self.store).read().to_pylist()
+        for row in sorted(rows, key=lambda row: (row["reference_sha256"] or "", row["row_id"])):
             if row["status"] == "ok" and is_video(row["output_uri"]):
                 missing = tuple(name for name, its_id in wanted if (row["row_id"], name, its_id) not in done)
                 tasks += [Task(row, missing)] if missing else []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +17,27 @@ Need = Literal["reference", "prompt"]
 
 class NotMeasurableError(ValueError):
     """A clip has no value of a metric, because of what it shows; the message says why."""
+
+
+_Found = TypeVar("_Found")
+
+
+class Remembered(Generic[_Found]):
+    """What was found in the latest clips, by their content: many generated clips share one reference."""
+
+    def __init__(self, find: Callable[[np.ndarray], _Found], most: int = 8):
+        self._find, self._most = find, most
+        self._found: OrderedDict[str, _Found] = OrderedDict()
+
+    def __call__(self, frames: np.ndarray) -> _Found:
+        """Return what there is to find in frames [T, H, W, 3]."""
+        content = f"{frames.shape} {hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()}"
+        if content not in self._found:
+            self._found[content] = self._find(frames)
+        self._found.move_to_end(content)
+        while len(self._found) > self._most:
+            self._found.popitem(last=False)
+        return self._found[content]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ by the directions of their steps; every tracklet is scored by its best match in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need, NotMeasurableError
+from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need, NotMeasurableError, Remembered
 from ditflow.metrics.cotracker import cotracker
 from ditflow.metrics.tracks import TRACKERS, Tracker, Tracks
 
@@ -165,8 +166,12 @@ class MotionFidelity:
             tracker = TRACKERS[settings.tracker]
         return cls(tracker, settings.variant, settings.least_common)
 
+    @cached_property
+    def _of_reference(self) -> Remembered[Tracks]:
+        return Remembered(self.tracker)
+
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
         """Return motion_fidelity; NoMotionError for a static clip."""
         assert clip.reference is not None
-        tracks = (self.tracker(clip.generated), self.tracker(clip.reference))
+        tracks = (self.tracker(clip.generated), self._of_reference(clip.reference))
         return {"motion_fidelity": motion_fidelity(*tracks, self.variant, least_common=self.least_common)}

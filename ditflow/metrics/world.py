@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
+from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need, Remembered
 from ditflow.mini.measure import look_at, position_error, track_cosine
 
 
@@ -19,6 +19,9 @@ class WorldScore:
     needs: ClassVar[tuple[Need, ...]] = ("reference", "prompt")
     settings: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self) -> None:
+        self._of_reference = Remembered(look_at)
+
     @classmethod
     def from_settings(cls, settings: MetricSettings) -> WorldScore:
         """Return the metric; it has no settings."""
@@ -27,7 +30,7 @@ class WorldScore:
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
         """Return track_cosine, position_error, colour, shape and background."""
         assert clip.reference is not None and clip.prompt is not None
-        seen, track = look_at(clip.generated), look_at(clip.reference).centres
+        seen, track = look_at(clip.generated), self._of_reference(clip.reference).centres
         words = {"colour": seen.colour, "shape": seen.shape, "background": seen.background}
         return {
             "track_cosine": track_cosine(seen, track),

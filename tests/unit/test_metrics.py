@@ -4,7 +4,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from ditflow.metrics.motion_fidelity import SMALLEST_STEP, NoMotionError, correlations, motion_fidelity
+from ditflow.metrics.base import EvaluatedClip, Remembered
+from ditflow.metrics.motion_fidelity import SMALLEST_STEP, MotionFidelity, NoMotionError, correlations, motion_fidelity
 from ditflow.metrics.statistics import Interval, bootstrap_interval, paired_difference
 from ditflow.metrics.tracks import TRACKERS, Tracks, query_grid, track
 from ditflow.mini.world import WorldClip, render, sample_pair, sample_scene
@@ -44,6 +45,24 @@ def texture(height=64, width=64, seed=0):
 
 def sliding(dx, dy, frames=5, **size):
     return np.stack([np.roll(texture(**size), (t * dy, t * dx), axis=(0, 1)) for t in range(frames)])
+
+
+def test_a_reference_is_tracked_once_for_all_clips_that_share_it():
+    tracked = []
+    metric = MotionFidelity(lambda frames: tracked.append(frames) or TRACKERS["dis"](frames))
+    reference, other = sliding(2, 0), sliding(0, 2)
+    scores = [metric(EvaluatedClip(made, its.copy())) for made, its in [(reference, reference), (other, reference)]]
+    assert scores[0]["motion_fidelity"] == pytest.approx(1) and scores[1]["motion_fidelity"] < 0.5
+    assert len(tracked) == 3  # two generated clips and one reference
+
+
+def test_only_the_latest_clips_are_remembered():
+    looked = []
+    remembered = Remembered(lambda frames: looked.append(frames) or frames.sum(), most=2)
+    clips = [np.full((2, 4, 4, 3), value, np.uint8) for value in range(3)]
+    for number in (0, 1, 0, 2, 0, 1):
+        assert remembered(clips[number]) == clips[number].sum()
+    assert [frames[0, 0, 0, 0] for frames in looked] == [0, 1, 2, 1]
 
 
 # --- the score
