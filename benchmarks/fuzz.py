@@ -34,7 +34,7 @@ from unittest.mock import patch
 import torch
 import yaml
 
-from ditflow.artifact import ArtifactError
+from ditflow.artifact import ArtifactError, sealed
 from ditflow.bank import BankHeader, MotionBank
 from ditflow.types import TokenGrid
 from ditflow.video import VideoError, read_video
@@ -233,15 +233,16 @@ def read_spec(data: bytes) -> None:
 def bank_seeds() -> list[bytes]:
     provenance = {"size": [9, 32, 32], "fps": 8.0, "reference_uri": "file:///a.mp4", "seed": 1}
     method = {"name": "ditflow", "blocks": [1], "learning_rate": [0.002, 0.001]}
+    losses = ((1.0, 0.5), (0.4, 0.3))
     header = BankHeader(
-        "mini", "0123", (3, 2, 2), 4, (999, 749), method, "a ball", ((1.0, 0.5), (0.4, 0.3)), provenance=provenance
+        "mini", "0123", (3, 2, 2), 4, (999, 749), method, "a ball", losses, tags=("pan",), provenance=provenance
     )
     rotary = [{part: torch.ones(12, 2) for part in ("query_cos", "query_sin", "key_cos", "key_sin")} for _ in "ab"]
     additive = [{"additive": torch.ones(12, 4)} for _ in "ab"]
     coordinates = [{"query": torch.ones(12, 3), "key": torch.ones(12, 3)} for _ in "ab"]
-    latents = torch.zeros(1, 3, 2, 4, 4)
+    latents, flow = torch.zeros(1, 3, 2, 4, 4), torch.ones(2, 4, 2, dtype=torch.int8)
     banks = (
-        MotionBank.of(header, rotary, latents),
+        MotionBank.of(header, rotary, latents, flow),
         MotionBank.of(header, additive),
         MotionBank.of(header, coordinates),
     )
@@ -249,7 +250,7 @@ def bank_seeds() -> list[bytes]:
 
 
 def bank_structure(data: bytes, rng: random.Random) -> bytes:
-    """Another header of safetensors, or another one of ours within it, of the right length."""
+    """Another header of safetensors, or another one of ours within it, of the right length and mostly with its hash."""
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
@@ -261,7 +262,17 @@ def bank_structure(data: bytes, rng: random.Random) -> bytes:
         text = json.dumps(header).encode()
     except (ValueError, TypeError, KeyError, RecursionError):
         return flip_bits(data, rng)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return _mostly_sealed(len(text).to_bytes(8, "little") + text + data[8 + length :], rng)
+
+
+def _mostly_sealed(data: bytes, rng: random.Random) -> bytes:
+    """With the hashes of what it is now: nothing gets past a wrong one."""
+    return sealed(data) if rng.random() < 0.8 else data
+
+
+def bank_values(data: bytes, rng: random.Random) -> bytes:
+    """Bits of the tensors, or of anything else, with the hashes that they have then."""
+    return _mostly_sealed(flip_bits(data, rng), rng)
 
 
 _TYPES = (b"F64", b"F32", b"F16", b"BF16", b"I64", b"BOOL", b"F8_E4M3", b"F8_E8M0", b"F4", b"C64", b"U64", b"X")
@@ -269,7 +280,8 @@ _TYPES = (b"F64", b"F32", b"F16", b"BF16", b"I64", b"BOOL", b"F8_E4M3", b"F8_E8M
 
 def bank_types(data: bytes, rng: random.Random) -> bytes:
     """A tensor of another type, its length as it was."""
-    return data.replace(b'"F32"', (b'"' + rng.choice(_TYPES) + b'"').ljust(5), rng.randint(1, 9))
+    mutated = data.replace(b'"F32"', (b'"' + rng.choice(_TYPES) + b'"').ljust(5), rng.randint(1, 9))
+    return _mostly_sealed(mutated, rng)
 
 
 def read_bank(data: bytes) -> None:
@@ -301,7 +313,7 @@ TARGETS = {
         Target(
             "bank",
             bank_seeds,
-            (*BYTES, bank_structure, bank_structure, bank_structure, bank_types),
+            (*BYTES, bank_structure, bank_structure, bank_structure, bank_types, bank_values),
             read_bank,
             ArtifactError,
             "safetensors",

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ditflow.artifact import ArtifactError, read_artifact, write_artifact
+from ditflow.artifact import ArtifactError, read_artifact, read_artifact_header, write_artifact
 from ditflow.compact import StepValues
+from ditflow.motion import MotionStatistics, motion_statistics
 from ditflow.types import LearnedPosition, TokenGrid
 
-_KIND, _FORMAT = "motion bank", 2
+_KIND, _FORMAT = "motion bank", 3
 _LIBRARIES = ("ditflow", "torch", "diffusers")
 
 
@@ -32,6 +34,7 @@ class BankHeader:
     """Everything that a bank's positions depend on, and where they come from.
 
     model_revision: hash of the model folder, scheduler included. error: what `MotionBank.compacted` was allowed, or 0.
+    motion: statistics of the reference's motion, of a loss that has a displacement. tags: words of the user's own.
     """
 
     model: str
@@ -43,6 +46,8 @@ class BankHeader:
     prompt: str = ""
     losses: tuple[tuple[float, ...], ...] = ()
     error: float = 0.0
+    motion: MotionStatistics | None = None
+    tags: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=_libraries)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -52,17 +57,27 @@ class MotionBank:
     """What was learned of the position embedding in every guided step, part by part (`LearnedPosition`).
 
     latents: the reference's latents [1, F, C, h, w], with which reuse can inject keys and values, or None.
+    flow: the reference's hard displacement from every latent frame to the next, int8 [F-1, P, 2] as (dx, dy) in patches
+    (16 KB for CogVideoX-5B at 24 frames), of which `header.motion` is made; for pictures. None of losses without one.
     """
 
     header: BankHeader
     parts: Mapping[str, StepValues]
     latents: Tensor | None = None
+    flow: Tensor | None = None
 
     @classmethod
-    def of(cls, header: BankHeader, changes: Sequence[LearnedPosition], latents: Tensor | None = None) -> MotionBank:
+    def of(
+        cls,
+        header: BankHeader,
+        changes: Sequence[LearnedPosition],
+        latents: Tensor | None = None,
+        flow: Tensor | None = None,
+    ) -> MotionBank:
         """Make a bank of what every guided step has learned, first step first; every value is kept."""
         parts = {part: StepValues(torch.stack([change[part] for change in changes]).cpu()) for part in changes[0]}
-        return cls(header, parts, latents)
+        motion = None if flow is None else motion_statistics(flow)
+        return cls(replace(header, motion=motion), parts, latents, flow)
 
     @property
     def guided_steps(self) -> int:
@@ -87,7 +102,7 @@ class MotionBank:
             return self
         parts = {part: values.compacted(error) for part, values in self.parts.items()}
         latents = self.latents if self.latents is None else self.latents.half()
-        return MotionBank(replace(self.header, error=error), parts, latents)
+        return replace(self, header=replace(self.header, error=error), parts=parts, latents=latents)
 
     def check_fits(self, revision: str, grid: TokenGrid, timesteps: Sequence[int], guided_steps: int) -> None:
         """Raise BankMismatchError unless this bank was learned for this model, grid and schedule."""
@@ -114,15 +129,18 @@ class MotionBank:
         tensors = {f"{part}.{form}": t for part, values in self.parts.items() for form, t in values.tensors.items()}
         if self.latents is not None:
             tensors["latents"] = self.latents
+        if self.flow is not None:
+            tensors["flow"] = self.flow
         return write_artifact(_KIND, _FORMAT, asdict(self.header), tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "motion bank") -> MotionBank:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         values, tensors = read_artifact(_KIND, _FORMAT, data, name)
-        header, latents = _header(values, name), tensors.pop("latents", None)
+        header, latents, flow = _header(values, name), tensors.pop("latents", None), tensors.pop("flow", None)
         if latents is not None and latents.ndim != 5:
             raise ArtifactError(f"{name} has latents of shape {list(latents.shape)}, expected 5 axes: it is damaged")
+        _check_flow(flow, header, name)
         forms: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             part, form = _part_and_form(key, name)
@@ -131,12 +149,15 @@ class MotionBank:
         if parts.keys() not in _PARTS:
             known, came = " or ".join(", ".join(sorted(names)) for names in _PARTS), ", ".join(parts) or "nothing"
             raise ArtifactError(f"{name} has positions of {came}, expected {known}: it is damaged")
-        return cls(header, parts, latents)
+        return cls(header, parts, latents, flow)
 
     @classmethod
-    def read_header(cls, data: bytes, name: str = "motion bank") -> BankHeader:
-        """Read the header of a serialised bank, checked like the whole."""
-        return cls.from_bytes(data, name).header
+    def read_header(cls, data: bytes, name: str = "motion bank", size: int | None = None) -> BankHeader:
+        """Read the header of a serialised bank, and no more; ArtifactError for anything else.
+
+        data: the file, or its first `ditflow.artifact.header_end` bytes at least; size: then the bytes that it has.
+        """
+        return _header(read_artifact_header(_KIND, _FORMAT, data, len(data) if size is None else size, name), name)
 
 
 _PARTS = ({"query_cos", "query_sin", "key_cos", "key_sin"}, {"additive"}, {"query", "key"}, {"token"})
@@ -148,7 +169,8 @@ def _part_and_form(key: str, name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\w+)\.(whole|left|right)", key, re.ASCII)
     if match is None:
         raise ArtifactError(
-            f"{name} has a tensor {key!r:.100}, expected latents or PART.whole, PART.left, PART.right: it is damaged"
+            f"{name} has a tensor {key!r:.100}, expected latents, flow, or PART.whole, PART.left, PART.right: it is "
+            "damaged"
         )
     return match[1], match[2]
 
@@ -170,18 +192,33 @@ def _step_values(part: str, tensors: dict[str, Tensor], header: BankHeader, name
     )
 
 
-def _header(values: dict[str, Any], name: str) -> BankHeader:
-    fields = {key: value for key, value in values.items() if key not in ("kind", "format")}
-    for key, (expected, fits) in _FITS.items():
-        if key in fields and not fits(fields[key]):
+def _check_flow(flow: Tensor | None, header: BankHeader, name: str) -> None:
+    """Raise ArtifactError unless the flow is one of the header's grid, and has the statistics that the header tells."""
+    if flow is not None:
+        grid = TokenGrid(*header.grid)
+        expected = [grid.frames - 1, grid.patches, 2]
+        if flow.dtype not in (torch.int8, torch.int16) or [*flow.shape] != expected or not flow.numel():
             raise ArtifactError(
-                f"{name} has a motion bank header with {key} {fields[key]!r:.100}: expected {expected}. It is damaged"
+                f"{name} has the flow {flow.dtype} {list(flow.shape)}, expected int8 {expected} for a {grid} grid: it "
+                "is damaged"
+            )
+    found = None if flow is None else motion_statistics(flow)
+    if not (found == header.motion or (found and header.motion and found.close_to(header.motion))):
+        raise ArtifactError(f"{name} has motion {header.motion} in its header, its flow has {found}: it is damaged")
+
+
+def _header(values: dict[str, Any], name: str) -> BankHeader:
+    for key, (expected, fits) in _FITS.items():
+        if key in values and not fits(values[key]):
+            raise ArtifactError(
+                f"{name} has a motion bank header with {key} {values[key]!r:.100}: expected {expected}. It is damaged"
             )
     try:
         # JSON has no tuples.
-        tuples = {key: tuple(fields[key]) for key in ("grid", "timesteps")}
-        losses = tuple(tuple(step) for step in fields["losses"])
-        return BankHeader(**{**fields, **tuples, "losses": losses})
+        tuples = {key: tuple(values[key]) for key in ("grid", "timesteps", "tags")}
+        losses = tuple(tuple(step) for step in values["losses"])
+        motion = values["motion"] and MotionStatistics(**values["motion"])
+        return BankHeader(**{**values, **tuples, "losses": losses, "motion": motion})
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"{name} has an incomplete or unknown motion bank header: {error}") from error
 
@@ -195,7 +232,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return _is_number(value) and isinstance(value, int) and value > 0
+    return _is_number(value) and isinstance(value, int) and 0 < value < 2**31
 
 
 def _is_list(value: Any, of: Callable[[Any], bool], most: int) -> bool:
@@ -210,12 +247,35 @@ def _is_provenance(value: Any) -> bool:
     """Empty in a bank that no job made."""
     if not isinstance(value, dict):
         return False
-    return _is_size(value.get("size", [1, 1, 1])) and (value.get("fps") is None or _is_number(value["fps"]))
+    checks: dict[str, Callable[[Any], bool]] = {
+        "size": _is_size,
+        "fps": _is_rate,
+        "reference_fps": _is_rate,
+        "reference_uri": _is_text,
+        "reference_sha256": _is_text,
+        "seed": lambda seed: _is_number(seed) and isinstance(seed, int) and -(2**63) <= seed < 2**63,
+    }
+    size = value.get("size", [1, 1, 1])
+    return _is_size(size) and all(value.get(key) is None or fits(value[key]) for key, fits in checks.items())
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _is_motion(value: Any) -> bool:
+    """None in a bank of a loss without a displacement."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(MotionStatistics)}:
+        return False
+    return all(_is_number(number) or (key == "direction" and number is None) for key, number in value.items())
 
 
 _MOST_STEPS = 1000
 """Of a schedule, and so of a bank: see `SamplingSettings`."""
 _MOST_LOSSES = 1_000_000
+_MOST_TAGS = 1000
 _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a text", _is_text),
     "model_revision": ("a text", _is_text),
@@ -233,5 +293,10 @@ _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a list of numbers for every step",
         lambda value: _is_list(value, lambda step: _is_list(step, _is_number, _MOST_LOSSES) and step, _MOST_STEPS),
     ),
-    "provenance": ("a mapping with the size of the video, three counts", _is_provenance),
+    "motion": ("five numbers, or null", _is_motion),
+    "tags": (f"up to {_MOST_TAGS} texts", lambda value: _is_list(value, _is_text, _MOST_TAGS)),
+    "provenance": (
+        "a mapping with the size of the video, three counts, and where its motion comes from",
+        _is_provenance,
+    ),
 }

@@ -13,10 +13,11 @@ from torch import Tensor
 from ditflow.artifact import ArtifactError, read_artifact, write_artifact
 from ditflow.backbones.base import Backbone
 from ditflow.losses import MOTION_LOSSES, Payload
+from ditflow.motion import consecutive
 from ditflow.settings import MethodSettings
 from ditflow.types import TokenGrid
 
-_KIND, _FORMAT = "motion reference", 1
+_KIND, _FORMAT = "motion reference", 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class MotionReference:
     def displacement(self) -> Int[Tensor, "frames frames patches 2"]:
         """The attention motion flow of the first guidance block, in patches."""
         return next(iter(self.payloads.values()))["displacement"]
+
+    @property
+    def flow(self) -> Int[Tensor, "pairs patches 2"] | None:
+        """The hard displacement from every latent frame to the next; None of losses that have none."""
+        displacement = next(iter(self.payloads.values()), {}).get("displacement")
+        if displacement is None or displacement.is_floating_point() or len(displacement) < 2:
+            return None
+        return consecutive(displacement)
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""

@@ -292,7 +292,7 @@ def _bank_of(
         method=settings_dict(method),
         losses=tuple(tuple(record.losses) for record in denoised.records if record.losses),
     )
-    return MotionBank.of(header, denoised.positions, motion.latents)
+    return MotionBank.of(header, denoised.positions, motion.latents, motion.flow)
 
 
 def _signed(bank: MotionBank | None, prompt: str, size: tuple[int, int, int]) -> MotionBank | None:

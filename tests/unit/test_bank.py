@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import FRAMES, SIZE
 
-from ditflow.artifact import ArtifactError, write_artifact
-from ditflow.bank import BankMismatchError, MotionBank
+from ditflow.artifact import ArtifactError, header_end, sealed, write_artifact
+from ditflow.bank import BankHeader, BankMismatchError, MotionBank
+from ditflow.motion import motion_statistics
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
@@ -160,7 +161,8 @@ def test_a_compacted_bank_moves_the_video_almost_the_same(learned, backbone):
 
 
 def header_of(learned: Learned) -> dict:
-    return json.loads(json.dumps(asdict(learned.bank.header)))
+    """The header as JSON, of a bank without a flow."""
+    return {**json.loads(json.dumps(asdict(learned.bank.header))), "motion": None}
 
 
 @pytest.mark.parametrize(
@@ -172,11 +174,15 @@ def header_of(learned: Learned) -> dict:
         (lambda learned: learned.reference.to_bytes(), "my.safetensors is no motion bank: it is motion reference"),
         (
             lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
-            "my.safetensors has motion bank format 1000.*reads up to.*upgrade ditflow",
+            "my.safetensors has motion bank format 1000.*reads format 3: upgrade ditflow",
         ),
-        (lambda learned: write_artifact("motion bank", 2, {"model": "x"}, {}), "incomplete or unknown motion bank"),
+        (
+            lambda learned: write_artifact("motion bank", 2, header_of(learned), {}),
+            "my.safetensors has motion bank format 2; this version reads format 3: make it again",
+        ),
+        (lambda learned: write_artifact("motion bank", 3, {"model": "x"}, {}), "incomplete or unknown motion bank"),
     ],
-    ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "no-header"],
+    ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "older", "no-header"],
 )
 def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
     with pytest.raises(ArtifactError, match=message):
@@ -184,11 +190,21 @@ def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
 
 
 def with_header(learned: Learned, **changes) -> bytes:
-    return write_artifact("motion bank", 2, {**header_of(learned), **changes}, {})
+    return write_artifact("motion bank", 3, {**header_of(learned), **changes}, {})
 
 
 def renamed(learned: Learned, name: str, *shape: int) -> bytes:
-    return write_artifact("motion bank", 2, header_of(learned), {name: torch.zeros(shape or (2, 2))})
+    return write_artifact("motion bank", 3, header_of(learned), {name: torch.zeros(shape or (2, 2))})
+
+
+def motion_of(learned: Learned) -> dict:
+    return asdict(learned.bank.header.motion)
+
+
+def with_flow(learned: Learned, **changes) -> bytes:
+    """The file with all of its tensors and another header."""
+    tensors = {"flow": learned.bank.flow}
+    return write_artifact("motion bank", 3, {**header_of(learned), **changes}, tensors)
 
 
 def rewritten(learned: Learned, change) -> bytes:
@@ -216,9 +232,25 @@ DAMAGED = {
     "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5: expected a text"),
     "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance .*three counts"),
     "an unknown field": (lambda bank: with_header(bank, colour="red"), "incomplete or unknown"),
-    "a tensor of no part": (lambda bank: renamed(bank, "positions"), "tensor 'positions', expected latents or PART"),
-    "a tensor of no form": (lambda bank: renamed(bank, "query.middle"), "expected latents or PART.whole"),
+    "a tensor of no part": (lambda bank: renamed(bank, "positions"), "tensor 'positions', expected latents, flow"),
+    "a tensor of no form": (lambda bank: renamed(bank, "query.middle"), "expected latents, flow, or PART.whole"),
     "latents without frames": (lambda bank: renamed(bank, "latents"), r"latents of shape \[2, 2\], expected 5 axes"),
+    "a flow without statistics": (lambda bank: with_flow(bank), "has motion None in its header, its flow has Motion"),
+    "statistics without a flow": (
+        lambda bank: with_header(bank, motion=motion_of(bank)), "has motion Motion.* in its header, its flow has None"
+    ),
+    "statistics of another flow": (
+        lambda bank: with_flow(bank, motion={**motion_of(bank), "moving": 0.5}), "has motion .*moving=0.5.*its flow has"
+    ),
+    "statistics of text": (lambda bank: with_header(bank, motion="fast"), "motion 'fast': expected five numbers"),
+    "a statistic too few": (lambda bank: with_header(bank, motion={"moving": 1}), "motion .*expected five numbers"),
+    "a flow of another grid": (
+        lambda bank: renamed(bank, "flow", 2, 15, 2), r"flow torch.float32 \[2, 15, 2\], expected int8 \[2, 16, 2\]"
+    ),
+    "a flow of fractions": (lambda bank: renamed(bank, "flow", 2, 16, 2), "flow torch.float32 .*expected int8"),
+    "a tag that is no text": (lambda bank: with_header(bank, tags=[1]), "tags .*expected up to 1000 texts"),
+    "a seed of text": (lambda bank: with_header(bank, provenance={"seed": "1"}), "provenance .*expected a mapping"),
+    "a rate of nothing": (lambda bank: with_header(bank, provenance={"fps": 0}), "provenance .*expected a mapping"),
     "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query the tensors left torch.float32 \[2, 2\]"),
     "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), r"expected numbers for 2 steps of"),
     "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
@@ -250,6 +282,96 @@ def test_a_damaged_bank_is_refused_with_what_is_wrong(rotary, damage, message):
     with pytest.raises(ArtifactError, match=f"^my.safetensors .*(?:{message})") as caught:
         MotionBank.from_bytes(damage(rotary), "my.safetensors")
     assert len(str(caught.value)) < 1000
+
+
+# ---------------------------------------------------------------------- one changed byte
+
+
+def small_bank() -> MotionBank:
+    """A bank of a few kilobytes with every kind of tensor."""
+    header = BankHeader(
+        'a "model"',
+        "0123",
+        (2, 2, 2),
+        4,
+        (999,),
+        {"name": "ditflow"},
+        'a "sha256_header": ball',
+        ((1.0, 0.5),),
+        tags=("x",),
+    )
+    parts = [{"query": torch.ones(8, 3), "key": torch.full((8, 3), 0.5)}]
+    flow = torch.tensor([[[1, 0], [0, 0], [1, 1], [0, -1]]], dtype=torch.int8)
+    return MotionBank.of(header, parts, torch.zeros(1, 2, 2, 4, 4), flow)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF], ids=hex)
+def test_one_changed_byte_anywhere_is_refused(flip):
+    data = small_bank().to_bytes()
+    assert MotionBank.from_bytes(data).to_bytes() == data
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= flip
+        with pytest.raises(ArtifactError, match="^my.safetensors "):
+            MotionBank.from_bytes(bytes(changed), "my.safetensors")
+
+
+def test_a_changed_byte_of_a_tensor_is_told_from_one_of_the_header():
+    data = bytearray(small_bank().to_bytes())
+    data[-1] ^= 1
+    with pytest.raises(ArtifactError, match="is damaged: the SHA-256 of its tensors is [0-9a-f]{64}, and it says"):
+        MotionBank.from_bytes(bytes(data))
+    data[-1] ^= 1
+    place = data.index(b"0123")
+    data[place] ^= 1
+    with pytest.raises(ArtifactError, match="is damaged: the SHA-256 of its header is .*copy it again"):
+        MotionBank.from_bytes(bytes(data))
+
+
+def test_a_header_is_read_from_the_beginning_of_a_file_and_refused_by_itself():
+    data = small_bank().to_bytes()
+    start = data[: header_end(data)]
+    assert MotionBank.read_header(start, size=len(data)) == small_bank().header
+    for place in range(len(start)):
+        changed = bytearray(start)
+        changed[place] ^= 0x01
+        with pytest.raises(ArtifactError):
+            MotionBank.read_header(bytes(changed), size=len(data))
+    for wrong in (len(data) - 1, len(data) + 1):
+        with pytest.raises(ArtifactError, match=f"has {wrong} bytes, its header speaks of {len(data)}"):
+            MotionBank.read_header(start, size=wrong)
+
+
+def test_a_sealed_file_is_whole_again():
+    whole = small_bank().to_bytes()
+    data = bytearray(whole)
+    data[header_end(whole)] ^= 1
+    assert MotionBank.from_bytes(sealed(bytes(data))).to_bytes() == sealed(bytes(data))
+
+
+# ---------------------------------------------------------------------- motion
+
+
+def test_a_bank_keeps_the_consecutive_flow_of_its_reference_and_what_it_comes_to(learned):
+    displacement = learned.reference.displacement
+    for frame in range(len(displacement) - 1):
+        assert torch.equal(learned.bank.flow[frame], displacement[frame, frame + 1])
+    assert learned.bank.flow.dtype == torch.int8
+    assert learned.bank.header.motion == motion_statistics(learned.bank.flow)
+    assert learned.bank.compacted(0.1).flow is learned.bank.flow
+
+
+@pytest.mark.parametrize(
+    "method", [replace(METHOD, name="smm"), replace(METHOD, reference_flow="soft")], ids=["smm", "soft"]
+)
+def test_a_loss_without_a_hard_displacement_leaves_no_flow(rotary_backbone, moving_video, method):
+    reference = extract_motion(rotary_backbone, moving_video, replace(method, learning_rate=(0.01, 0.01)))
+    assert reference.flow is None
+    bank = learn_bank(
+        rotary_backbone, PROMPT, reference=reference, size=CLIP, method=method, sampling=SAMPLING, seed=5
+    ).bank
+    assert (bank.flow, bank.header.motion) == (None, None)
+    assert MotionBank.from_bytes(bank.to_bytes()).header == bank.header
 
 
 # ---------------------------------------------------------------------- reuse
