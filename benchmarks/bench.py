@@ -38,8 +38,9 @@ from transformers import T5Config, T5EncoderModel
 
 from ditflow.amf import hard_displacement, soft_displacement
 from ditflow.backbones.cogvideox import CogVideoX
-from ditflow.guidance import Guidance
+from ditflow.guidance import Draft, Guidance
 from ditflow.losses.amf import AttentionMotionFlowLoss
+from ditflow.positions import FreePosition
 from ditflow.reference import MotionReference, reference_from_latents
 from ditflow.settings import ExecutionSettings, MethodSettings
 from ditflow.types import QueriesKeys, TokenGrid
@@ -288,6 +289,7 @@ class GuidedIteration:
 
     guidance: Guidance
     latents: Tensor
+    embeds: Tensor
 
     @classmethod
     def of(cls, backbone: CogVideoX, grid: TokenGrid, block: int) -> GuidedIteration:
@@ -299,7 +301,8 @@ class GuidedIteration:
         embeds = embeds.to(backbone.device, backbone.dtype)
         method = MethodSettings(blocks=(block,), iterations=1, injection=False).resolve(backbone.defaults)
         motion = reference_from_latents(backbone, reference, embeds, method)
-        return cls(Guidance(backbone, method, 10, embeds, motion), latents)
+        positions = FreePosition(backbone.default_position(grid))
+        return cls(Guidance(backbone, method, 10, positions, motion), latents, embeds)
 
     @property
     def backbone(self) -> CogVideoX:
@@ -315,9 +318,9 @@ class GuidedIteration:
 
     def ours(self) -> tuple[float, Tensor]:
         """Return loss and updated latents, by the code that guided sampling runs."""
-        position = self.backbone.default_position(self.reference.grid)
-        steered = self.guidance.steer(0, TIMESTEP, self.latents, position, None)
-        return steered.losses[0], steered.latents
+        draft = Draft.begin(self.latents, [self.embeds], self.backbone.solver(50), torch.Generator())
+        steered = self.guidance.steer(0, TIMESTEP, [draft], None)
+        return steered.losses[0], draft.latents
 
     def whole(self) -> tuple[float, Tensor]:
         """Return the same by the whole transformer, with diffusers' own attention and trainable weights."""
@@ -329,7 +332,7 @@ class GuidedIteration:
         with _hooked_queries_keys(transformer, self.block) as captured:
             transformer(
                 hidden_states=latents.to(self.backbone.dtype),
-                encoder_hidden_states=self.guidance.prompt_embeds,
+                encoder_hidden_states=self.embeds,
                 timestep=torch.full((1,), TIMESTEP, device=latents.device),
                 image_rotary_emb=rotary,
             )

@@ -180,7 +180,7 @@ class Bench:
     def _prediction(self, backend: str, cfg: str) -> Run:
         backbone = self._backbone(attention_backend=backend, cfg=cfg)
         inputs = GuidedIteration.of(backbone, self.shape.grid, self.shape.block)
-        embeds = [inputs.guidance.prompt_embeds, torch.zeros_like(inputs.guidance.prompt_embeds)]
+        embeds = [inputs.embeds, torch.zeros_like(inputs.embeds)]
         position = backbone.default_position(self.shape.grid)
         return lambda: backbone.predict(inputs.latents, TIMESTEP, embeds, position)
 

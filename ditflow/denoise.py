@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditflow.backbones.base import Backbone
-from ditflow.guidance import Guidance, Steered
+from ditflow.guidance import Draft, Guidance, Steered
 from ditflow.settings import SamplingSettings
 from ditflow.types import LearnedPosition, StepRecord
 
@@ -20,9 +20,8 @@ OnStep = Callable[[StepRecord], None]
 
 @dataclass(frozen=True)
 class Denoised:
-    """Latents behind the last step that was run, with the record and what was learned of positions in every step."""
+    """The record of every step, and what was learned of positions in every guided one."""
 
-    latents: Tensor
     records: list[StepRecord]
     positions: list[LearnedPosition]
     timesteps: list[int]
@@ -31,41 +30,41 @@ class Denoised:
 @torch.no_grad()
 def denoise(
     backbone: Backbone,
-    latents: Tensor,
-    embeds: Sequence[Tensor],
+    drafts: Sequence[Draft],
     sampling: SamplingSettings,
-    generator: torch.Generator,
     guidance: Guidance | None = None,
     last_step: int | None = None,
     on_step: OnStep | None = None,
 ) -> Denoised:
-    """Sample from initial latents [1, F, C, h, w] (fp32) with resolved settings.
+    """Sample drafts of one size with resolved settings: their latents are denoised in place.
 
-    embeds: text embeddings of the prompt and, for classifier-free guidance, of the negative prompt.
+    One draft is the usual case; several share what guidance learns of positions.
     last_step: stop behind this many steps (learning a bank needs no more than the guided ones).
     """
     assert sampling.steps is not None, "resolve() first"
-    solver = backbone.solver(sampling.steps)
-    default_position = backbone.default_position(backbone.grid(latents))
-    timesteps = [int(timestep) for timestep in solver.timesteps[:last_step]]
+    default_position = backbone.default_position(backbone.grid(drafts[0].latents))
+    timesteps = [int(timestep) for timestep in drafts[0].solver.timesteps[:last_step]]
     guided_steps = guidance.guided_steps if guidance is not None else 0
     records: list[StepRecord] = []
     positions: list[LearnedPosition] = []
     for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
-        injected, steered = None, Steered(latents, default_position, [])
+        steered = Steered(default_position)
+        for draft in drafts:
+            draft.injected = None
         if guidance is not None and step < guided_steps:
-            injected = guidance.injected(solver, timestep)
-            steered = guidance.steer(step, timestep, latents, positions[-1] if positions else None, injected)
+            steered = guidance.steer(step, timestep, drafts, positions[-1] if positions else None)
             positions += [] if steered.learned is None else [steered.learned]
         steered_at = time.perf_counter()
-        predictions = backbone.predict(steered.latents, timestep, embeds, steered.position, injected)
         scale = guidance_scale(sampling, timestep)
-        latents = solver.step(_classifier_free(predictions, scale), step, steered.latents, generator)
+        for draft in drafts:
+            predictions = backbone.predict(draft.latents, timestep, draft.embeds, steered.position, draft.injected)
+            prediction = _classifier_free(predictions, scale)
+            draft.latents = draft.solver.step(prediction, step, draft.latents, draft.generator)
         records.append(_record(step, timestep, scale, steered, started, steered_at))
         if on_step is not None:
             on_step(records[-1])
-    return Denoised(latents, records, positions, timesteps)
+    return Denoised(records, positions, timesteps)
 
 
 def guidance_scale(sampling: SamplingSettings, timestep: int) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,21 +14,41 @@ from ditflow.backbones.base import Backbone, Solver
 from ditflow.bank import MotionBank
 from ditflow.losses import MOTION_LOSSES
 from ditflow.positions import FreePosition, MovedTokens
-from ditflow.reference import MotionReference
+from ditflow.reference import MotionReference, look
 from ditflow.settings import MethodSettings
 from ditflow.types import KeysValues, LearnedPosition, NonFiniteLossError, PositionEmbedding
 
 
+@dataclass
+class Draft:
+    """A video in the making: its latents [1, F, C, h, w] (fp32) change from step to step.
+
+    embeds: text embeddings of the prompt and, for classifier-free guidance, of the negative prompt. noise: the latents
+    that it began with. injected: block 0's keys and values of the reference, in this step.
+    """
+
+    latents: Tensor
+    embeds: Sequence[Tensor]
+    solver: Solver
+    generator: torch.Generator
+    noise: Tensor
+    injected: KeysValues | None = None
+
+    @classmethod
+    def begin(cls, noise: Tensor, embeds: Sequence[Tensor], solver: Solver, generator: torch.Generator) -> Draft:
+        """Begin with noise."""
+        return cls(noise, embeds, solver, generator, noise)
+
+
 @dataclass(frozen=True)
 class Steered:
-    """What a guided step hands to its denoising: latents, position, and the loss of every iteration.
+    """What a guided step hands to its denoising, beside the drafts: the position, and the loss of every iteration.
 
     learned: what the position was made of, if it was optimised: the next guided step goes on from there.
     """
 
-    latents: Tensor
     position: PositionEmbedding
-    losses: list[float]
+    losses: list[float] = field(default_factory=list)
     learning_rate: float | None = None
     learned: LearnedPosition | None = None
 
@@ -67,55 +88,58 @@ class Guidance:
     """What steers the first `guided_steps` denoising steps towards a reference's motion.
 
     `method` is resolved. With a `bank` nothing is optimised: its positions are used as they are.
+    source_embeds: text embeddings of the reference's pass, where the motion is measured as the reference's was.
     """
 
     backbone: Backbone
     method: MethodSettings
     guided_steps: int
-    prompt_embeds: Tensor
     positions: FreePosition | MovedTokens
     reference: MotionReference | None = None
     bank: MotionBank | None = None
-    initial_noise: Tensor | None = None
+    source_embeds: Tensor | None = None
 
-    def injected(self, solver: Solver, timestep: int) -> KeysValues | None:
-        """Block 0's keys and values of the reference, noised to this timestep with the initial noise."""
+    def steer(self, step: int, timestep: int, drafts: Sequence[Draft], warm_start: LearnedPosition | None) -> Steered:
+        """Prepare one guided step: inject the reference into the drafts, and optimise, or take the bank's position.
+
+        The latents of a draft are optimised in place; positions are learned over all drafts, in turns.
+        """
+        for draft in drafts:
+            draft.injected = self._injected(draft, timestep)
+        own = self.positions.start()
+        if self.bank is not None:
+            stored = {part: value.to(own[part].device) for part, value in self.bank.change(step).items()}
+            return Steered(self.positions.embedding(stored))
+        if self.method.loss is None:
+            return Steered(self.positions.embedding(own))
+        rate = self.method.learning_rates(self.guided_steps)[step]
+        if self.method.optimize == "latent":
+            return self._steer_latents(timestep, *drafts, position=self.positions.embedding(own), rate=rate)
+        learned = {part: v.detach().clone().requires_grad_() for part, v in (warm_start or own).items()}
+        assert self.method.iterations is not None, "resolve() first"
+        turns = count(step * self.method.iterations)  # so that no draft is left out where there are few iterations
+
+        def loss_of() -> Tensor:
+            draft = drafts[next(turns) % len(drafts)]
+            return self._loss(timestep, draft, self.positions.embedding(learned))
+
+        losses = self._optimise(learned.values(), loss_of, rate, lambda: self.positions.penalty(learned))
+        learned = {part: value.detach() for part, value in learned.items()}
+        return Steered(self.positions.embedding(learned), losses, rate, learned)
+
+    def _steer_latents(self, timestep: int, draft: Draft, *, position: PositionEmbedding, rate: float) -> Steered:
+        draft.latents = draft.latents.detach().clone().requires_grad_()
+        losses = self._optimise([draft.latents], lambda: self._loss(timestep, draft, position), rate)
+        draft.latents = draft.latents.detach()
+        return Steered(position, losses, rate)
+
+    def _injected(self, draft: Draft, timestep: int) -> KeysValues | None:
+        """Block 0's keys and values of the reference, noised to this timestep with the draft's initial noise."""
         latents = self.reference.latents if self.reference is not None else None
         if not self.method.injects or latents is None:
             return None
-        assert self.initial_noise is not None, "injection noises the reference with the initial noise"
-        noised = solver.add_noise(latents.to(self.initial_noise), self.initial_noise, timestep)
-        return self.backbone.first_keys_values(noised, timestep, self.prompt_embeds)
-
-    def steer(
-        self,
-        step: int,
-        timestep: int,
-        latents: Tensor,
-        warm_start: LearnedPosition | None,
-        injected: KeysValues | None,
-    ) -> Steered:
-        """Optimise the latents or the position of one guided step, or take the bank's position."""
-        if self.bank is not None:
-            stored = {part: value.to(latents.device) for part, value in self.bank.change(step).items()}
-            return Steered(latents, self.positions.embedding(stored), [])
-        own = self.positions.start()
-        if self.method.loss is None:
-            return Steered(latents, self.positions.embedding(own), [])
-        rate = self.method.learning_rates(self.guided_steps)[step]
-        if self.method.optimize == "latent":
-            latents, position = latents.detach().clone().requires_grad_(), self.positions.embedding(own)
-            losses = self._optimise([latents], lambda: self._loss(timestep, latents, position, injected), rate)
-            return Steered(latents.detach(), position, losses, rate)
-        learned = {part: v.detach().clone().requires_grad_() for part, v in (warm_start or own).items()}
-        losses = self._optimise(
-            learned.values(),
-            lambda: self._loss(timestep, latents, self.positions.embedding(learned), injected),
-            rate,
-            lambda: self.positions.penalty(learned),
-        )
-        learned = {part: value.detach() for part, value in learned.items()}
-        return Steered(latents, self.positions.embedding(learned), losses, rate, learned)
+        noised = draft.solver.add_noise(latents.to(draft.noise), draft.noise, timestep)
+        return self.backbone.first_keys_values(noised, timestep, draft.embeds[0])
 
     def _optimise(
         self,
@@ -128,13 +152,22 @@ class Guidance:
         with torch.enable_grad():
             return optimise(variables, loss_of, rate, self.method.iterations, penalty_of)
 
-    def _loss(self, timestep: int, latents: Tensor, position: PositionEmbedding, injected: KeysValues | None) -> Tensor:
-        """Motion loss of the video in the making, averaged over the guidance blocks."""
+    def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
+        """Motion loss of a draft, averaged over the guidance blocks."""
         assert self.method.loss is not None and self.method.blocks is not None and self.reference is not None
         loss = MOTION_LOSSES[self.method.loss].from_settings(self.method)
-        blocks = self.method.blocks
-        captured = self.backbone.capture(
-            latents, timestep, self.prompt_embeds, blocks, position, injected, loss.captures
-        )
-        grid = self.backbone.grid(latents)
+        blocks, grid = self.method.blocks, self.backbone.grid(draft.latents)
+        if self.method.measured == "prediction":
+            assert self.source_embeds is not None, "the predicted video is looked at with the reference's words"
+            clean = self._predicted(timestep, draft, position)
+            captured = look(self.backbone, clean, self.source_embeds, loss, blocks)
+        else:
+            captured = self.backbone.capture(
+                draft.latents, timestep, draft.embeds[0], blocks, position, draft.injected, loss.captures
+            )
         return torch.stack([loss(captured[b], self.reference.payloads[b], grid) for b in blocks]).mean()
+
+    def _predicted(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
+        """The clean latents that the model predicts for the prompt, differentiable in latents and position."""
+        (prediction,) = self.backbone.predict(draft.latents, timestep, draft.embeds[:1], position, draft.injected)
+        return draft.solver.clean(prediction, timestep, draft.latents)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ditflow.artifact import ArtifactError, read_artifact, write_artifact
 from ditflow.backbones.base import Backbone
-from ditflow.losses import MOTION_LOSSES, Payload
+from ditflow.losses import MOTION_LOSSES, MotionLoss, Payload
 from ditflow.motion import consecutive
 from ditflow.settings import MethodSettings
 from ditflow.types import TokenGrid
@@ -110,14 +111,19 @@ def reference_from_latents(
         assert method.blocks is not None, "resolve() first"
         loss = MOTION_LOSSES[method.loss].from_settings(method)
         with torch.no_grad():
-            noised, timestep = _noised(backbone, latents, loss.reference_noise)
-            position = backbone.default_position(grid)
-            captured = backbone.capture(
-                noised, timestep, source_embeds, method.blocks, position, captures=loss.captures
-            )
+            captured = look(backbone, latents, source_embeds, loss, method.blocks)
             payloads = {block: loss.reference(captured[block], grid) for block in method.blocks}
     kept = latents.float().cpu() if method.injects else None
     return MotionReference(grid, backbone.revision, method.loss, payloads, kept)
+
+
+def look(
+    backbone: Backbone, latents: Tensor, source_embeds: Tensor, loss: MotionLoss, blocks: Sequence[int]
+) -> Mapping[int, Any]:
+    """Return what a loss sees of a finished video in these blocks, differentiable in its clean latents."""
+    noised, timestep = _noised(backbone, latents, loss.reference_noise)
+    position = backbone.default_position(backbone.grid(latents))
+    return backbone.capture(noised, timestep, source_embeds, blocks, position, captures=loss.captures)
 
 
 def _noised(backbone: Backbone, latents: Tensor, share: float) -> tuple[Tensor, int]:

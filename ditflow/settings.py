@@ -14,6 +14,14 @@ from ditflow.losses import MOTION_LOSSES
 
 METHODS = ("none", "injection", *sorted(MOTION_LOSSES))
 """Plain backbone, KV injection alone, and one method per motion loss."""
+VARIABLES = ("latent", "position", "coordinates")
+"""What can be optimised."""
+_VARIABLES: Mapping[str, Mapping[str, Any]] = {"coordinates": {"learning_rate": (0.05, 0.025)}}
+_LASTING: Mapping[str, Mapping[str, Any]] = {
+    "position": {"iterations": 10, "learning_rate": (0.008, 0.004)},
+    "coordinates": {"iterations": 10, "learning_rate": (0.2, 0.1)},
+}
+"""Where a model does not say otherwise."""
 
 
 class SettingsError(ValueError):
@@ -33,9 +41,9 @@ def _require(ok: bool, key: str, came: object, expected: str) -> None:
 class ModelDefaults:
     """What works best on one model; a model folder may carry its own in `ditflow.json`.
 
-    position_learning_rate: of methods that optimise the position embedding (None: the same as of latents).
-    coordinates_learning_rate: of methods that optimise the tokens' coordinates, in patches.
     losses: what serves single motion losses better, by their names: some of the other fields.
+    variables: the same for what is optimised beside latents; learning rates of coordinates are in patches.
+    lasting: the same for what is optimised with the preset `lasting`.
     """
 
     blocks: tuple[int, ...]
@@ -43,18 +51,26 @@ class ModelDefaults:
     guided_steps: int | float = 10
     iterations: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
-    position_learning_rate: tuple[float, float] | None = None
-    coordinates_learning_rate: tuple[float, float] | None = (0.05, 0.025)
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
     losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lasting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         valid = {f.name for f in fields(self)} & {f.name for f in fields(MethodSettings)}
-        for loss, own in self.losses.items():
-            _require(loss in METHODS, "losses", loss, f"one of {', '.join(METHODS)}")
-            _require(own.keys() <= valid, f"losses.{loss}", list(own), f"some of {', '.join(sorted(valid))}")
+        for section, names in (("losses", METHODS), ("variables", VARIABLES), ("lasting", VARIABLES)):
+            for name, own in getattr(self, section).items():
+                _require(name in names, section, name, f"one of {', '.join(names)}")
+                _require(own.keys() <= valid, f"{section}.{name}", list(own), f"some of {', '.join(sorted(valid))}")
+
+    def of(self, method: MethodSettings) -> ModelDefaults:
+        """Return what works best with a method: for its loss, what it optimises, and its preset."""
+        sections = [self.losses.get(method.name), _VARIABLES.get(method.optimize), self.variables.get(method.optimize)]
+        if method.preset == "lasting":
+            sections += [_LASTING.get(method.optimize), self.lasting.get(method.optimize)]
+        return replace(self, **{key: value for section in sections for key, value in (section or {}).items()})
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ class MethodSettings:
     optimize: what the optimiser changes: the `latent` z_t, the values of the `position` embedding, or the `coordinates`
         (t, y, x) of the tokens, of which the embedding is made.
     preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
-        short, and SMM's other anchors and cosines.
+        short, and SMM's other anchors and cosines; or `lasting`, this project's own way to learn positions that serve
+        other prompts and seeds: `measured` is `prediction`, with 4 `drafts`.
     blocks: transformer blocks whose attention guides; losses are averaged over them.
     temperature: tau, multiplies the logits of the softmax.
     guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
@@ -76,14 +93,19 @@ class MethodSettings:
     loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
     reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
+    measured: where the new video's motion is measured: in the `pass` that is optimised, as the paper does, or in the
+        clean video that this pass predicts, looked at as the reference was, without what is optimised (`prediction`).
+        The first can be satisfied by an embedding that moves attention alone; the second only by a video that moves.
+    drafts: how many generations a bank is learned over at once, each from noise of its own, in turns.
     stay: weight of the mean squared move of `coordinates`, in patches, beside the loss.
     smooth: weight of the mean squared difference between the moves of neighbours.
     zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
+    more_prompts: what the other drafts show, in turns.
     """
 
     name: str = "ditflow"
     optimize: Literal["latent", "position", "coordinates"] = "latent"
-    preset: Literal["paper", "official"] = "paper"
+    preset: Literal["paper", "official", "lasting"] = "paper"
     blocks: tuple[int, ...] | None = None
     temperature: float | None = None
     guided_steps: int | float | None = None
@@ -94,16 +116,20 @@ class MethodSettings:
     loss_threshold: float = 0.0
     reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
+    measured: Literal["pass", "prediction"] | None = None
+    drafts: int | None = None
     stay: float = 0.0
     smooth: float = 0.0
     zero_shot: bool = False
     learn_with: str = ""
+    more_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
-        variables = ("latent", "position", "coordinates")
-        _require(self.optimize in variables, "optimize", self.optimize, "latent, position or coordinates")
-        _require(self.preset in ("paper", "official"), "preset", self.preset, "paper or official")
+        _require(self.optimize in VARIABLES, "optimize", self.optimize, "latent, position or coordinates")
+        presets = ("paper", "official", "lasting")
+        _require(self.preset in presets, "preset", self.preset, "paper, official or lasting")
+        _require(self.measured in (None, "pass", "prediction"), "measured", self.measured, "pass or prediction")
         entries = ("nonzero", "all")
         _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
         threshold = self.loss_threshold
@@ -123,6 +149,9 @@ class MethodSettings:
             ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
+        if self.drafts is not None:
+            ok = self.drafts == 1 or (self.drafts > 1 and self.learns_positions)
+            _require(ok, "drafts", self.drafts, "at least 1, and 1 unless positions are learned")
         for name in ("stay", "smooth"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight, 0 or more")
         ok = not self.zero_shot or self.learns_positions
@@ -149,13 +178,14 @@ class MethodSettings:
         return self.injects or self.loss is not None
 
     def resolve(self, defaults: ModelDefaults) -> MethodSettings:
-        """Fill every None with the model's default."""
-        defaults = replace(defaults, **defaults.losses.get(self.name, {}))
-        rates = {"position": defaults.position_learning_rate, "coordinates": defaults.coordinates_learning_rate}
-        if (rate := rates.get(self.optimize)) is not None:
-            defaults = replace(defaults, learning_rate=rate)
+        """Fill every None with the preset's value, or the model's."""
+        defaults = defaults.of(self)
         names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
-        return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
+        values = {name: getattr(defaults, name) for name in names}
+        lasting = self.preset == "lasting"
+        values["measured"] = "prediction" if lasting else "pass"
+        values["drafts"] = 4 if lasting and self.learns_positions else 1
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def count_guided_steps(self, steps: int) -> int:
         """Guided steps of a run of `steps`, for resolved settings; SettingsError beyond the step count."""

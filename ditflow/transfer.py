@@ -8,10 +8,10 @@ The paper is DiTFlow, arXiv 2412.07776.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ditflow.backbones.base import Backbone
 from ditflow.bank import BankHeader, BankMismatchError, MotionBank
 from ditflow.denoise import Denoised, OnStep, denoise
-from ditflow.guidance import Guidance
+from ditflow.guidance import Draft, Guidance
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, extract_motion, reference_from_latents
 from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
@@ -78,10 +78,8 @@ def transfer_motion(
     if method.zero_shot and isinstance(reference, MotionReference):
         reference = _learned(backbone, reference, size, method, sampling, seed)
     learned = time.perf_counter()
-    inputs = _inputs_of(backbone, prompt, size, sampling, seed)
-    result = generate_latents(
-        backbone, **inputs, reference=reference, method=method, sampling=sampling, on_step=on_step
-    )
+    draft = _draft_of(backbone, prompt, size, sampling, seed)
+    result = generate_latents(backbone, [draft], reference=reference, method=method, sampling=sampling, on_step=on_step)
     sampled = time.perf_counter()
     video = backbone.decode_latents(result.latents, size[0])
     timings = {
@@ -103,7 +101,10 @@ def learn_bank(
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> Transferred:
-    """Learn a motion bank: the guided steps of position optimisation and no more. `size` as in `transfer_motion`."""
+    """Learn a motion bank: the guided steps of position optimisation and no more. `size` as in `transfer_motion`.
+
+    The first draft shows `prompt` and has the noise of `seed`; `method` says how many there are, and of what.
+    """
     method = method.resolve(backbone.defaults)
     sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
     if not method.learns_positions:
@@ -111,10 +112,15 @@ def learn_bank(
             "a motion bank needs a motion loss, and optimize: position or coordinates, "
             f"not {method.name}, {method.optimize}"
         )
-    inputs = _inputs_of(backbone, prompt, size, sampling, seed)
+    assert method.drafts is not None, "resolve() has filled it"
+    prompts = [prompt, *method.more_prompts]
+    drafts = [
+        _draft_of(backbone, prompts[number % len(prompts)], size, sampling, _seed_of_draft(seed, number))
+        for number in range(method.drafts)
+    ]
     result = generate_latents(
         backbone,
-        **inputs,
+        drafts,
         reference=reference,
         method=method,
         sampling=sampling,
@@ -147,35 +153,38 @@ def transfer_latents(
         if reference_latents is None or source_embeds is None:
             raise ValueError(f"method {method.name} needs reference_latents and source_embeds")
         reference = reference_from_latents(backbone, reference_latents, source_embeds, method)
+    assert sampling.steps is not None, "resolve() has filled it"
+    embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
+    draft = Draft.begin(initial_latents, embeds, backbone.solver(sampling.steps), generator)
     return generate_latents(
         backbone,
-        initial_latents=initial_latents,
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
+        [draft],
         reference=reference,
         method=method,
         sampling=sampling,
-        generator=generator,
+        source_embeds=source_embeds,
         on_step=on_step,
     )
 
 
 def generate_latents(
     backbone: Backbone,
+    drafts: Sequence[Draft],
     *,
-    initial_latents: Tensor,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None,
     reference: MotionReference | MotionBank | None,
     method: MethodSettings,
     sampling: SamplingSettings,
-    generator: torch.Generator,
+    source_embeds: Tensor | None = None,
     on_step: OnStep | None = None,
     only_guided_steps: bool = False,
 ) -> Transferred:
-    """Sample latents that follow a motion reference or a bank. Settings are resolved."""
+    """Sample drafts that follow a motion reference or a bank; the result's latents are the first one's.
+
+    Settings are resolved. Several drafts share what is learned of positions. source_embeds: as in `transfer_latents`;
+    taken from the backbone if they are needed and left out.
+    """
     assert sampling.steps is not None, "resolve() first"
-    if negative_prompt_embeds is None and sampling.guidance_scale != 1:
+    if len(drafts[0].embeds) == 1 and sampling.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale {sampling.guidance_scale} needs negative_prompt_embeds (of an empty text, if there is no "
             "negative prompt); guidance_scale 1 does without"
@@ -184,20 +193,21 @@ def generate_latents(
     motion = _injection_only(reference, backbone) if isinstance(reference, MotionBank) else reference
     guidance = None
     if method.needs_reference:
-        grid = backbone.grid(initial_latents)
+        grid = backbone.grid(drafts[0].latents)
         _check_reference(backbone, motion, bank, grid, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
         optimize = method.optimize if bank is None else bank.optimize
         positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
         if bank is not None:
             _check_shapes(backbone, bank, grid, positions.start())
-        guidance = Guidance(backbone, method, guided_steps, prompt_embeds, positions, motion, bank, initial_latents)
-    embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
+        if source_embeds is None and method.measured == "prediction" and bank is None:
+            source_embeds = backbone.encode_prompt("")
+        guidance = Guidance(backbone, method, guided_steps, positions, motion, bank, source_embeds)
     last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
-    denoised = denoise(backbone, initial_latents, embeds, sampling, generator, guidance, last_step, on_step)
+    denoised = denoise(backbone, drafts, sampling, guidance, last_step, on_step)
     learned = bank is None and method.learns_positions
     return Transferred(
-        latents=denoised.latents,
+        latents=drafts[0].latents,
         records=denoised.records,
         motion_reference=motion,
         bank=_bank_of(backbone, denoised, motion, method, sampling.steps) if learned and motion else None,
@@ -205,19 +215,23 @@ def generate_latents(
     )
 
 
-def _inputs_of(
+def _draft_of(
     backbone: Backbone, prompt: str, size: tuple[int, int, int], sampling: SamplingSettings, seed: int
-) -> dict[str, Any]:
+) -> Draft:
     """From words and a seed to tensors. Noise is drawn on the CPU, so that every device starts from the same."""
+    assert sampling.steps is not None, "resolve() first"
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(backbone.latent_shape(*size), generator=generator)
-    guided_by_text = sampling.guidance_scale != 1
-    return {
-        "initial_latents": noise.to(backbone.device),
-        "prompt_embeds": backbone.encode_prompt(prompt),
-        "negative_prompt_embeds": backbone.encode_prompt(sampling.negative_prompt) if guided_by_text else None,
-        "generator": generator,
-    }
+    texts = [prompt] if sampling.guidance_scale == 1 else [prompt, sampling.negative_prompt]
+    embeds = [backbone.encode_prompt(text) for text in texts]
+    return Draft.begin(noise.to(backbone.device), embeds, backbone.solver(sampling.steps), generator)
+
+
+def _seed_of_draft(seed: int, number: int) -> int:
+    """The first draft has the row's seed, each other one of its own that follows from it."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}, draft {number}".encode()).digest()[:7], "big")
 
 
 def _learned(

@@ -133,8 +133,8 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     valid = [field.name for field in fields(ModelDefaults)]
     if unknown := sorted(set(values) - set(valid)):
         raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
-    if "losses" in values:
-        values["losses"] = {loss: _tuples(own) for loss, own in values["losses"].items()}
+    for section in {"losses", "variables", "lasting"} & values.keys():
+        values[section] = {name: _tuples(own) for name, own in values[section].items()}
     return _tuples(values)
 
 

@@ -95,6 +95,10 @@ class Solver(Protocol):
         """Return the latents of the next step."""
         ...
 
+    def clean(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
+        """Return the clean latents that a prediction for noised ones speaks of; differentiable in both."""
+        ...
+
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """Return clean latents noised to a timestep."""
         ...
@@ -158,7 +162,10 @@ class Backbone(Protocol):
         position: PositionEmbedding,
         injected: KeysValues | None = None,
     ) -> list[Tensor]:
-        """Return the model's prediction for each of the text embeddings, fp32, without gradient."""
+        """Return the model's prediction for each of the text embeddings, fp32.
+
+        Differentiable in the latents and the position, where gradients are enabled.
+        """
         ...
 
     def capture(

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from ditflow.backbones.base import Geometry
 from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
-from ditflow.settings import ExecutionSettings, ModelDefaults
+from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
 from ditflow.types import Capture, CaptureKind, Features, KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
 
 PIPELINES = ("CogVideoXPipeline",)
@@ -194,7 +194,6 @@ class CogVideoX:
 
     # ------------------------------------------------------------------ passes through the transformer
 
-    @torch.no_grad()
     def predict(
         self,
         latents: Tensor,
@@ -203,7 +202,10 @@ class CogVideoX:
         position: PositionEmbedding,
         injected: KeysValues | None = None,
     ) -> list[Tensor]:
-        """v-prediction for each text embedding, fp32: in one batch or one after the other, as execution says."""
+        """v-prediction for each text embedding, fp32: in one batch or one after the other, as execution says.
+
+        Differentiable in the latents and the position, where gradients are enabled.
+        """
         batches = list(embeds) if self.execution.cfg == "serial" else [torch.cat(list(embeds))]
         hooks = _PassHooks(position, injected=injected)
         predictions = [self._forward(hooks, latents, timestep, batch) for batch in batches]
@@ -331,13 +333,15 @@ class CogVideoX:
         return self.execution.checkpointing == "on"
 
     def _activations_fit(self, hooks: _PassHooks) -> bool:
-        """Whether the activations of every block up to the captured one leave a fifth of the free memory alone."""
+        """Whether the activations of every block of the pass leave a fifth of the free memory alone."""
         if self.device.type != "cuda":
             return True
         tokens = next(iter(hooks.position.values())).shape[0] + self.transformer.config.max_text_seq_length
         inner = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
-        return per_block * (max(hooks.capture) + 1) < 0.8 * _free_memory(self.device)
+        # A whole pass, where nothing is captured, is followed by a look at what it predicts, which is kept beside it.
+        blocks = max(hooks.capture) + 1 if hooks.capture else 2 * len(self.transformer.transformer_blocks)
+        return per_block * blocks < 0.8 * _free_memory(self.device)
 
     def set_execution(self, asked: ExecutionSettings) -> None:
         """Run from now on as asked; every `auto` but that of checkpointing is decided here, by the free memory."""
@@ -381,6 +385,13 @@ class _Solver:
             return_dict=False,
         )
         return latents
+
+    def clean(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
+        """Return the clean latents that a v-prediction for noised ones speaks of; SettingsError for other models."""
+        if (kind := self._scheduler.config.prediction_type) != "v_prediction":
+            raise SettingsError("measured", "prediction", f"pass: this model predicts {kind}, not v_prediction")
+        kept = self._scheduler.alphas_cumprod[timestep].item()
+        return kept**0.5 * latents - (1 - kept) ** 0.5 * prediction
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """Return clean latents noised to a timestep."""

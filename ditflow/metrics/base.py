@@ -31,7 +31,7 @@ class Remembered(Generic[_Found]):
 
     def __call__(self, frames: np.ndarray) -> _Found:
         """Return what there is to find in frames [T, H, W, 3]."""
-        content = f"{frames.shape} {hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()}"
+        content = f"{frames.shape} {hashlib.sha256(frames.tobytes()).hexdigest()}"
         if content not in self._found:
             self._found[content] = self._find(frames)
         self._found.move_to_end(content)

@@ -105,7 +105,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rotary": {
         "blocks": [3, 4],
         "learning_rate": [0.08, 0.04],
-        "position_learning_rate": [0.002, 0.001],
+        "variables": {"position": {"learning_rate": [0.002, 0.001]}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -117,7 +117,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "additive": {
         "blocks": [3],
         "learning_rate": [0.02, 0.01],
-        "position_learning_rate": [0.01, 0.005],
+        "variables": {"position": {"learning_rate": [0.01, 0.005]}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {

@@ -205,19 +205,22 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         "guided_steps": 0.5,
         "iterations": 2,
         "learning_rate": [0.1, 0.05],
-        "position_learning_rate": [0.2, 0.1],
-        "coordinates_learning_rate": [0.4, 0.3],
         "steps": 8,
         "guidance_scale": 2.0,
         "dynamic_guidance_scale": False,
         "losses": {"smm": {"blocks": [1]}},
+        "variables": {"position": {"learning_rate": [0.2, 0.1]}},
+        "lasting": {"coordinates": {"iterations": 7}},
     }
     plain = backbones.load(str(model_folder), device="cpu")
     (model_folder / "ditflow.json").write_text(json.dumps(own))
     overridden = backbones.load(str(model_folder), device="cpu")
-    assert overridden.defaults == ModelDefaults(
-        (0, 3), 3.0, 0.5, 2, (0.1, 0.05), (0.2, 0.1), (0.4, 0.3), 8, 2.0, False, {"smm": {"blocks": (1,)}}
+    sections = (
+        {"smm": {"blocks": (1,)}},
+        {"position": {"learning_rate": (0.2, 0.1)}},
+        {"coordinates": {"iterations": 7}},
     )
+    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), 8, 2.0, False, *sections)
     assert plain.defaults != overridden.defaults
     assert plain.revision == overridden.revision
 

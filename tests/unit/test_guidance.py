@@ -12,7 +12,7 @@ import torch
 from tiny import FRAMES, SIZE
 from torch import Tensor
 
-from ditflow.guidance import Guidance, optimise
+from ditflow.guidance import Draft, Guidance, optimise
 from ditflow.losses.amf import AttentionMotionFlowLoss
 from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, reference_from_latents
@@ -419,13 +419,17 @@ def test_the_plain_backbone_does_nothing_but_predict(backbone, inputs):
     assert result.losses == []
 
 
+def draft_of(backbone, inputs: Inputs) -> Draft:
+    embeds = [inputs.prompt, inputs.prompt]
+    return Draft.begin(inputs.initial, embeds, backbone.solver(STEPS), torch.Generator().manual_seed(2))
+
+
 def first_loss(backbone, inputs: Inputs, method: MethodSettings) -> float:
     resolved = method.resolve(backbone.defaults)
     reference = reference_from_latents(backbone, inputs.reference, inputs.empty, resolved)
     positions = positions_of(backbone, backbone.grid(inputs.initial), resolved.optimize)
-    guidance = Guidance(backbone, resolved, GUIDED_STEPS, inputs.prompt, positions, reference, None, inputs.initial)
-    injected = guidance.injected(backbone.solver(STEPS), 749)
-    return guidance.steer(0, 749, inputs.initial, None, injected).losses[0]
+    guidance = Guidance(backbone, resolved, GUIDED_STEPS, positions, reference)
+    return guidance.steer(0, 749, [draft_of(backbone, inputs)], None).losses[0]
 
 
 def test_the_losses_of_two_blocks_are_averaged(backbone, inputs):
@@ -522,11 +526,8 @@ def test_a_motionless_reference_that_was_taken_for_all_entries_is_refused_not_na
     with pytest.raises(StaticReferenceError, match="no motion to transfer"):
         generate_latents(
             backbone,
-            initial_latents=inputs.initial,
-            prompt_embeds=inputs.prompt,
-            negative_prompt_embeds=inputs.prompt,
+            [draft_of(backbone, inputs)],
             reference=reference,
             method=method_of(injection=False, loss_entries="nonzero").resolve(backbone.defaults),
             sampling=SAMPLING.resolve(backbone.defaults),
-            generator=torch.Generator().manual_seed(2),
         )

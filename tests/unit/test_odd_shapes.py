@@ -14,7 +14,7 @@ from ditflow.artifact import ArtifactError
 from ditflow.backbones.base import Geometry
 from ditflow.backbones.cogvideox import CogVideoX, geometry_of
 from ditflow.bank import BankMismatchError, MotionBank
-from ditflow.guidance import Guidance
+from ditflow.guidance import Draft, Guidance
 from ditflow.losses import MOTION_LOSSES
 from ditflow.mini import build
 from ditflow.positions import positions_of
@@ -111,11 +111,12 @@ def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     reference = MotionReference.from_bytes(reference.to_bytes())
     grid = grid_of(model, *clip)
     positions, own = positions_of(model, grid, method.optimize), model.default_position(grid)
-    guidance = Guidance(model, method, 1, embeds, positions, reference, initial_noise=noise)
-    steered = guidance.steer(0, 999, noise, None, guidance.injected(model.solver(2), 999))
+    guidance = Guidance(model, method, 1, positions, reference)
+    draft = Draft.begin(noise, [embeds], model.solver(2), torch.Generator())
+    steered = guidance.steer(0, 999, [draft], None)
     assert len(steered.losses) == 1
     if optimize == "latent":
-        assert rows_left_alone(*(latents.movedim(2, -1) for latents in (steered.latents, noise))) == 0
+        assert rows_left_alone(*(latents.movedim(2, -1) for latents in (draft.latents, noise))) == 0
     else:
         assert all(rows_left_alone(steered.position[part], own[part]) == 0 for part in own)
 

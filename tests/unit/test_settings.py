@@ -32,7 +32,7 @@ PAPER = MethodSettings().resolve(ModelDefaults(blocks=(20,)))
 REFUSED = [
     (MethodSettings, "name", "warp", "one of none, injection, "),
     (MethodSettings, "optimize", "weights", "latent, position or coordinates"),
-    (MethodSettings, "preset", "newest", "paper or official"),
+    (MethodSettings, "preset", "newest", "paper, official or lasting"),
     (MethodSettings, "loss_entries", "moving", "nonzero or all"),
     (MethodSettings, "loss_threshold", -0.5, "0 or more"),
     (MethodSettings, "loss_threshold", math.inf, "0 or more"),
@@ -120,7 +120,8 @@ def test_guided_steps_beyond_or_between_the_steps_are_refused_with_both_keys(gui
 
 
 def test_a_model_may_have_a_learning_rate_of_its_own_for_positions():
-    own = replace(DEFAULTS, learning_rate=(0.02, 0.01), position_learning_rate=(0.3, 0.1))
+    variables = {"position": {"learning_rate": (0.3, 0.1)}}
+    own = replace(DEFAULTS, learning_rate=(0.02, 0.01), variables=variables)
     for optimize, rate in (("latent", (0.02, 0.01)), ("position", (0.3, 0.1))):
         assert MethodSettings(optimize=optimize).resolve(own).learning_rate == rate
         assert MethodSettings(optimize=optimize, learning_rate=(1.0, 0.5)).resolve(own).learning_rate == (1.0, 0.5)
@@ -134,6 +135,19 @@ def test_a_model_may_serve_single_losses_better():
     assert MethodSettings("smm").resolve(own).temperature == DEFAULTS.temperature
     assert MethodSettings("smm", blocks=(1,)).resolve(own).blocks == (1,)
     assert MethodSettings("moft").resolve(own) == MethodSettings("moft").resolve(DEFAULTS)
+
+
+def test_the_lasting_preset_measures_what_is_predicted_over_several_drafts():
+    lasting = MethodSettings(optimize="coordinates", preset="lasting")
+    own = replace(DEFAULTS, lasting={"coordinates": {"iterations": 7, "learning_rate": (0.4, 0.3)}})
+    resolved = lasting.resolve(own)
+    assert (resolved.measured, resolved.drafts, resolved.iterations) == ("prediction", 4, 7)
+    assert resolved.learning_rate == (0.4, 0.3)
+    assert replace(lasting, drafts=2, measured="pass").resolve(own).drafts == 2
+    assert replace(lasting, drafts=2, measured="pass").resolve(own).measured == "pass"
+    paper = replace(lasting, preset="paper").resolve(own)
+    assert (paper.measured, paper.drafts, paper.iterations) == ("pass", 1, own.iterations)
+    assert replace(lasting, optimize="latent").resolve(own).drafts == 1
 
 
 @pytest.mark.parametrize(
@@ -150,10 +164,10 @@ def test_defaults_of_unknown_losses_and_of_what_a_loss_has_not_are_refused(losse
 
 def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
-    own = MethodSettings()
+    own, of_the_paper = MethodSettings(), {"measured": "pass", "drafts": 1}
     for field in fields(MethodSettings):
         expected = getattr(own, field.name)
-        expected = getattr(DEFAULTS, field.name) if expected is None else expected
+        expected = getattr(DEFAULTS, field.name, of_the_paper.get(field.name)) if expected is None else expected
         assert getattr(resolved, field.name) == expected
     assert None not in settings_dict(resolved).values()
     sampling = SamplingSettings(negative_prompt="blurred").resolve(DEFAULTS)
@@ -162,6 +176,7 @@ def test_resolve_fills_whatever_is_none_from_the_model():
 
 def test_resolve_leaves_what_is_set_as_it_is():
     method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, "all")
+    method = replace(method, measured="prediction", drafts=3)
     assert method.resolve(DEFAULTS) == method
     sampling = SamplingSettings(steps=8, guidance_scale=1.0, dynamic_guidance_scale=False)
     assert sampling.resolve(DEFAULTS) == sampling

@@ -1,0 +1,187 @@
+"""Learning positions that last: motion measured in what a pass predicts, over several drafts in turns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import FRAMES, SIZE, tiny_backbone
+from torch import Tensor
+
+from ditflow.guidance import Draft, Guidance
+from ditflow.losses import MOTION_LOSSES
+from ditflow.positions import positions_of
+from ditflow.reference import extract_motion, look
+from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError
+from ditflow.transfer import learn_bank, transfer_motion
+
+PROMPT, CLIP, TIMESTEP, STEPS = "a red ball", (FRAMES, SIZE, SIZE), 749, 4
+SAMPLING = SamplingSettings(steps=STEPS, guidance_scale=3.0, dynamic_guidance_scale=False)
+METHOD = MethodSettings(
+    optimize="coordinates",
+    preset="lasting",
+    blocks=(1,),
+    guided_steps=2,
+    iterations=3,
+    learning_rate=(0.3, 0.3),
+    drafts=2,
+)
+ALONE = replace(METHOD, drafts=1)
+OPTIMIZED = ("latent", "position", "coordinates")
+
+
+def noise(backbone, seed: int) -> Tensor:
+    return torch.randn(backbone.latent_shape(*CLIP), generator=torch.Generator().manual_seed(seed))
+
+
+def draft_of(backbone, prompt: str = PROMPT, seed: int = 1) -> Draft:
+    embeds = [backbone.encode_prompt(prompt), backbone.encode_prompt("")]
+    return Draft.begin(noise(backbone, seed), embeds, backbone.solver(STEPS), torch.Generator().manual_seed(seed))
+
+
+def guidance_of(backbone, video, method: MethodSettings) -> Guidance:
+    method = method.resolve(backbone.defaults)
+    positions = positions_of(backbone, backbone.grid(noise(backbone, 1)), method.optimize)
+    motion = extract_motion(backbone, video, method)
+    return Guidance(backbone, method, 2, positions, motion, source_embeds=backbone.encode_prompt(""))
+
+
+# ---------------------------------------------------------------------- what a pass predicts
+
+
+@pytest.mark.parametrize("timestep", [1, 500, 998])
+def test_a_true_velocity_speaks_of_the_true_clean_latents(backbone, timestep):
+    clean, grain = noise(backbone, 1), noise(backbone, 2)
+    solver = backbone.solver(STEPS)
+    noised = solver.add_noise(clean, grain, timestep)
+    share = backbone.pipeline.scheduler.alphas_cumprod[timestep]
+    velocity = share.sqrt() * grain - (1 - share).sqrt() * clean
+    torch.testing.assert_close(solver.clean(velocity, timestep, noised), clean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_predicts_something_else_is_refused(rotary_backbone):
+    solver = rotary_backbone.solver(STEPS)
+    solver._scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(SettingsError, match="measured: 'prediction' .* this model predicts epsilon"):
+        solver.clean(noise(rotary_backbone, 1), 500, noise(rotary_backbone, 2))
+
+
+@pytest.mark.parametrize("name", sorted(MOTION_LOSSES))
+@pytest.mark.parametrize("optimize", OPTIMIZED)
+def test_the_loss_is_that_of_the_predicted_video_seen_as_the_reference_was(backbone, moving_video, name, optimize):
+    guidance = guidance_of(backbone, moving_video, replace(ALONE, name=name, optimize=optimize, iterations=1))
+    draft, method = draft_of(backbone), guidance.method
+    position = backbone.default_position(guidance.reference.grid)
+    injected = backbone.first_keys_values(
+        draft.solver.add_noise(guidance.reference.latents, draft.noise, TIMESTEP), TIMESTEP, draft.embeds[0]
+    )
+    with torch.no_grad():
+        velocity = backbone.predict(draft.latents, TIMESTEP, [draft.embeds[0]], position, injected)[0]
+        share = backbone.pipeline.scheduler.alphas_cumprod[TIMESTEP]
+        clean = share.sqrt() * draft.latents - (1 - share).sqrt() * velocity
+        loss = MOTION_LOSSES[name].from_settings(method)
+        seen = look(backbone, clean, backbone.encode_prompt(""), loss, (1,))
+        expected = loss(seen[1], guidance.reference.payloads[1], guidance.reference.grid).item()
+    measured = guidance.steer(0, TIMESTEP, [draft], None).losses[0]
+    assert measured == pytest.approx(expected, rel=1e-4)
+    in_the_pass = replace(guidance, method=replace(method, measured="pass"))
+    assert in_the_pass.steer(0, TIMESTEP, [draft_of(backbone)], None).losses[0] != pytest.approx(expected, rel=1e-2)
+
+
+def loss_at(guidance: Guidance, draft: Draft, moves: dict[str, Tensor]) -> Tensor:
+    return guidance._loss(TIMESTEP, draft, guidance.positions.embedding(moves))
+
+
+def test_its_gradient_is_that_of_finite_differences(backbone, moving_video):
+    guidance, draft = guidance_of(backbone, moving_video, ALONE), draft_of(backbone)
+    generator = torch.Generator().manual_seed(3)
+    start = {part: torch.randn(v.shape, generator=generator) * 0.2 for part, v in guidance.positions.start().items()}
+    way = {part: torch.randn(v.shape, generator=generator) for part, v in start.items()}
+    moves = {part: value.clone().requires_grad_() for part, value in start.items()}
+    gradients = torch.autograd.grad(loss_at(guidance, draft, moves), list(moves.values()))
+    slope = sum((g * w).sum() for g, w in zip(gradients, way.values(), strict=True)).item()
+    step = 2e-2
+    with torch.no_grad():
+        ahead, behind = (
+            loss_at(guidance, draft, {part: start[part] + sign * step * way[part] for part in start}).item()
+            for sign in (1, -1)
+        )
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.02)
+
+
+def test_checkpointing_changes_no_gradient(backbone, moving_video):
+    gradients = []
+    for checkpointing in ("off", "on"):
+        kind = backbone.name.removeprefix("tiny-")
+        model = tiny_backbone(kind, execution=ExecutionSettings(checkpointing=checkpointing))
+        guidance, draft = guidance_of(model, moving_video, ALONE), draft_of(model)
+        moves = {part: value.requires_grad_() for part, value in guidance.positions.start().items()}
+        gradients.append(torch.autograd.grad(loss_at(guidance, draft, moves), list(moves.values())))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("optimize", OPTIMIZED)
+def test_the_predicted_videos_motion_can_be_optimised(backbone, moving_video, optimize):
+    rate = 0.002 if optimize == "position" else 0.05
+    guidance = guidance_of(
+        backbone, moving_video, replace(ALONE, optimize=optimize, iterations=6, learning_rate=(rate, rate))
+    )
+    losses = guidance.steer(0, TIMESTEP, [draft_of(backbone)], None).losses
+    assert losses[-1] < losses[0]
+
+
+# ---------------------------------------------------------------------- drafts
+
+
+def turns_of(backbone, video, drafts: int, monkeypatch) -> list[int]:
+    """Learn a bank and return which draft each iteration worked on, by its noise."""
+    seen: list[Tensor] = []
+    original = Guidance._loss
+
+    def loss(self, timestep, draft, position):
+        seen.append(draft.noise)
+        return original(self, timestep, draft, position)
+
+    monkeypatch.setattr(Guidance, "_loss", loss)
+    method = replace(METHOD, drafts=drafts)
+    motion = extract_motion(backbone, video, method)
+    learn_bank(backbone, PROMPT, reference=motion, size=CLIP, method=method, sampling=SAMPLING, seed=1)
+    known = list(dict.fromkeys(map(id, seen)))
+    return [known.index(id(one)) for one in seen]
+
+
+@pytest.mark.parametrize(("drafts", "expected"), [(1, [0] * 6), (2, [0, 1, 0, 1, 0, 1]), (4, [0, 1, 2, 3, 0, 1])])
+def test_drafts_take_turns_over_all_guided_steps(rotary_backbone, moving_video, monkeypatch, drafts, expected):
+    assert turns_of(rotary_backbone, moving_video, drafts, monkeypatch) == expected
+
+
+def bank_of(backbone, motion, **changes):
+    prompt, seed = changes.pop("prompt", PROMPT), changes.pop("seed", 1)
+    method = replace(METHOD, **changes)
+    return learn_bank(backbone, prompt, reference=motion, size=CLIP, method=method, sampling=SAMPLING, seed=seed).bank
+
+
+def test_a_bank_depends_on_its_seed_its_drafts_and_what_they_show(rotary_backbone, moving_video):
+    motion = extract_motion(rotary_backbone, moving_video, METHOD)
+    bank = bank_of(rotary_backbone, motion)
+    assert bank.to_bytes() == bank_of(rotary_backbone, motion).to_bytes()
+    others = [{"seed": 2}, {"drafts": 3}, {"more_prompts": ("a green star",)}, {"prompt": "a green star"}]
+    changes = [bank.change(1)["query"], *(bank_of(rotary_backbone, motion, **o).change(1)["query"] for o in others)]
+    assert len({value.numpy().tobytes() for value in changes}) == len(changes)
+
+
+def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, moving_video):
+    """The positions that guidance itself finds on its way to a video."""
+    method = replace(METHOD, drafts=1, measured="pass")
+    motion = extract_motion(rotary_backbone, moving_video, method)
+    bank = bank_of(rotary_backbone, motion, drafts=1, measured="pass")
+    options = {"reference": motion, "size": CLIP, "sampling": SAMPLING, "seed": 1}
+    made = transfer_motion(rotary_backbone, PROMPT, method=replace(method, preset="paper"), **options)
+    for step in range(2):
+        for part, value in made.bank.change(step).items():
+            assert torch.equal(value, bank.change(step)[part])
+
+
+def test_only_what_learns_positions_has_drafts():
+    with pytest.raises(SettingsError, match="drafts: 2 .* 1 unless positions are learned"):
+        MethodSettings(optimize="latent", drafts=2)
