@@ -112,13 +112,18 @@ class Output:
 
     fps: frames per second of the videos (None: the reference's). spread: outputs lie in 256 folders, named by the first
     two digits of their ids, because file systems are slow with folders of millions (None: in jobs of 100,000 rows).
+    bank_error: how much of what a bank has learned may be left out to make it small, as a share of each part's size (0:
+    everything is kept); see `MotionBank.compacted`.
     """
 
     uri: str
     fps: float | None = None
     spread: bool | None = None
+    bank_error: float = 0.03
 
     def __post_init__(self) -> None:
+        if not 0 <= self.bank_error < 1:
+            raise SettingsError("bank_error", self.bank_error, "a share of 1: 0 or more, and below 1")
         if self.fps is not None and not 0 < self.fps <= 240:
             raise SettingsError("fps", self.fps, "above 0 and at most 240")
 
@@ -250,6 +255,7 @@ class Job:
             "video": None if self.kind == "reuse" else self._video_settings(),
             "fps": self.output.fps,
             "dtype": self.model.dtype,
+            **({"bank_error": self.output.bank_error} if self.kind == "build-bank" else {}),
         }
 
     def _video_settings(self) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class CogVideoX:
         self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
         self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults or {})
         self.defaults = self.geometry.defaults
+        self._latest_position: tuple[TokenGrid, PositionEmbedding] | None = None
         self.execution: ExecutionSettings
         self.set_execution(execution or ExecutionSettings())
 
@@ -126,7 +127,15 @@ class CogVideoX:
         return self.geometry.grid(latents.shape)
 
     def default_position(self, grid: TokenGrid) -> PositionEmbedding:
-        """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D]."""
+        """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D].
+
+        That of the latest grid is kept: every pass asks for it.
+        """
+        if self._latest_position is None or self._latest_position[0] != grid:
+            self._latest_position = (grid, self._position_of(grid))
+        return dict(self._latest_position[1])
+
+    def _position_of(self, grid: TokenGrid) -> PositionEmbedding:
         if self._rotary:
             cos, sin = (part.float() for part in self._rotary_embedding(grid))
             return {"query_cos": cos, "query_sin": sin, "key_cos": cos.clone(), "key_sin": sin.clone()}
@@ -458,12 +467,12 @@ class _BlockAttention:
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         injected = self._hooks.injected if self._block == 0 else None
         query = _split_heads(attn, attn.to_q(tokens), attn.norm_q)
-        key = _split_heads(attn, _inject(attn.to_k(tokens), injected, "key"), attn.norm_k)
+        key = _split_heads(attn, _projected(attn.to_k, tokens, injected and injected.key), attn.norm_k)
         if image_rotary_emb is not None:
             query = _rotate_video(query, image_rotary_emb, "query", text_tokens)
             key = _rotate_video(key, image_rotary_emb, "key", text_tokens)
         self._hooks.keep_queries_keys(self._block, query[:, text_tokens:], key[:, text_tokens:])
-        value = _split_heads(attn, _inject(attn.to_v(tokens), injected, "value"), None)
+        value = _split_heads(attn, _projected(attn.to_v, tokens, injected and injected.value), None)
         attended = dispatch_attention_fn(query, key, value, backend=self._backend)
         output = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         return output[:, text_tokens:], output[:, :text_tokens]
@@ -482,12 +491,11 @@ def _rotate_video(tokens: Tensor, position: PositionEmbedding, part: str, text_t
     return torch.cat([tokens[:, :text_tokens], video], dim=1)
 
 
-def _inject(tokens: Tensor, injected: KeysValues | None, part: Literal["key", "value"]) -> Tensor:
-    """Replace the video tokens at the end of [B, L, D] by the reference's [1, S, D]."""
-    if injected is None:
-        return tokens
-    video: Tensor = getattr(injected, part)
-    text = tokens[:, : tokens.shape[1] - video.shape[1]]
+def _projected(projection: Any, tokens: Tensor, video: Tensor | None) -> Tensor:
+    """Keys or values of tokens [B, L, D]; those of the video, at their end, may be given: the reference's [1, S, D]."""
+    if video is None:
+        return projection(tokens)
+    text = projection(tokens[:, : tokens.shape[1] - video.shape[1]])
     return torch.cat([text, video.expand(len(tokens), -1, -1)], dim=1)
 
 

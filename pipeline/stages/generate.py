@@ -135,7 +135,8 @@ class FinishRow:
             "reference_sha256": work.reference.sha256,
             "seed": work.seed,
         }
-        bank = replace(result.bank, header=replace(result.bank.header, provenance=provenance))
+        whole = replace(result.bank, header=replace(result.bank.header, provenance=provenance))
+        bank = whole.compacted(self._job.output.bank_error)
         writing = time.perf_counter()
         stored = self._desk.store.put(self._job.key("banks", f"{work.row_id}.safetensors"), bank.to_bytes())
         timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}

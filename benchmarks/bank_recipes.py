@@ -1,0 +1,247 @@
+"""How motion banks are best learned: `python -m benchmarks.bank_recipes`.
+
+Part `recipes` learns banks of the same held-out references in several ways, and reuses each with two prompts and noise
+that it has not seen. Part `zero-shot` does so for the default way alone, over more references. Beside them, with the
+same prompts and noise: plain generation, and guidance that optimises the positions for every video (the paper's). Part
+`compaction` keeps less and less of the same banks. Means come with 95 % bootstrap intervals over references, and
+paired differences. Part `sizes` counts bytes at the shapes of CogVideoX. Figures go to
+benchmarks/results/bank-recipes.json; models and parts that are not measured again keep theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, start_workers, summary
+from ditflow import transfer_motion
+from ditflow.backbones.base import Backbone
+from ditflow.bank import BankHeader, MotionBank
+from ditflow.metrics.statistics import paired_difference
+from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, with_appearance_of
+from ditflow.reference import MotionReference, extract_motion
+from ditflow.settings import MethodSettings, settings_dict
+from ditflow.transfer import learn_bank
+from ditflow.types import TokenGrid
+
+FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
+PROMPTS = 2
+DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
+GUIDED = MethodSettings(optimize="position")
+RECIPES = {
+    "position, as the paper": MethodSettings(optimize="position"),
+    "position, measured in the pass, 4 drafts": MethodSettings(optimize="position", iterations=10, drafts=4),
+    "position, lasting": MethodSettings(optimize="position", preset="lasting"),
+    "coordinates, measured in the pass": MethodSettings(optimize="coordinates", learning_rate=(0.2, 0.1)),
+    "coordinates, measured in the pass, 4 drafts": MethodSettings(
+        optimize="coordinates", learning_rate=(0.2, 0.1), iterations=10, drafts=4
+    ),
+    "coordinates, lasting, 1 draft": replace(DEFAULT, drafts=1),
+    "coordinates, lasting": DEFAULT,
+}
+MOVED = "coordinates, moved along the flow, not learned"
+ERRORS = (0.01, 0.03, 0.1, 0.3)
+FIGURES = ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
+WORDS = ("colour", "shape", "background")
+
+
+# ---- one reference
+
+
+def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) -> dict[str, Scores]:
+    """Score the reuse of banks that were learned in several ways, plain generation and guidance for every video."""
+    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+    banks = {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
+    if len(recipes) > 1:
+        banks[MOVED] = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
+    return {
+        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
+        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
+        **{name: mean_scores(backbone, clip, seed, bank, GUIDED) for name, bank in banks.items()},
+    }
+
+
+def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Score the reuse of a bank of which more and more is left out, with its size against fp32 positions."""
+    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+    scores = {}
+    for name in ("coordinates, lasting", "position, lasting"):
+        bank = learned(backbone, clip, RECIPES[name], seed)
+        for error in (0.0, *ERRORS):
+            kept = bank.compacted(error)
+            smaller = fp32_bytes(backbone, bank) / sum(values.nbytes for values in kept.parts.values())
+            reused = mean_scores(backbone, clip, seed, kept, GUIDED)
+            scores[f"{name}, error {error:g}"] = {**reused, "times smaller": smaller}
+    return scores
+
+
+def learned(backbone: Backbone, clip: WorldClip, method: MethodSettings, seed: int) -> MotionBank:
+    """Learn a bank with the looks of other clips, which no measured prompt has."""
+    looks = [sample_pair(seed + LEARNED_LOOKS + 1000 * number, "eval", sprites=1)[1] for number in range(4)]
+    prompt, *others = (prompt_of(with_appearance_of(clip.scene, look)) for look in looks)
+    method = replace(method, more_prompts=tuple(others))
+    reference, size = extract_motion(backbone, clip.frames, method), clip.frames.shape[:3]
+    bank = learn_bank(backbone, prompt, reference=reference, size=size, method=method, seed=seed + LEARNED_LOOKS).bank
+    assert bank is not None
+    return bank
+
+
+def moved_along_the_flow(backbone: Backbone, motion: MotionReference) -> MotionBank:
+    """A bank that nobody learned: every token is moved to its mean place over all frames, as the flow tells."""
+    grid = motion.grid
+    places = motion.displacement.float().mean(dim=1).flatten(0, 1)
+    moves = torch.cat([torch.zeros(grid.tokens, 1), places.flip(-1)], dim=1)
+    method = DEFAULT.resolve(backbone.defaults)
+    guided, steps = method.count_guided_steps(backbone.defaults.steps), backbone.defaults.steps
+    header = BankHeader(
+        model=backbone.name,
+        model_revision=backbone.revision,
+        grid=(grid.frames, grid.height, grid.width),
+        steps=steps,
+        timesteps=tuple(int(timestep) for timestep in backbone.solver(steps).timesteps[:guided]),
+        method=settings_dict(method),
+    )
+    parts = backbone.movable_position(grid).parts
+    return MotionBank.of(header, [dict.fromkeys(parts, moves)] * guided, motion.latents)
+
+
+def mean_scores(
+    backbone: Backbone, clip: WorldClip, seed: int, source: WorldClip | MotionBank | None, method: MethodSettings
+) -> Scores:
+    """Generate the reference's motion with each of the prompts, from noise of its own; return the means."""
+    reference = source.frames if isinstance(source, WorldClip) else source
+    scores = []
+    for number, target in enumerate(targets_of(clip.scene, seed)):
+        made = transfer_motion(
+            backbone,
+            prompt_of(target),
+            reference=reference,
+            size=clip.frames.shape[:3],
+            method=method,
+            seed=PROMPTS * seed + number,
+        )
+        scores.append(score_generation(made, clip, target))
+    return {figure: sum(score[figure] for score in scores) / len(scores) for figure in FIGURES}
+
+
+def targets_of(scene: Scene, seed: int) -> list[Scene]:
+    """The reference's motion in looks of other clips."""
+    return [
+        with_appearance_of(scene, sample_pair(seed + number * OTHER_LOOKS, "eval", sprites=1)[1])
+        for number in range(PROMPTS)
+    ]
+
+
+def fp32_bytes(backbone: Backbone, bank: MotionBank) -> int:
+    """Bytes of the position embedding of every guided step in fp32, which is what the released code keeps."""
+    position = backbone.default_position(TokenGrid(*bank.header.grid))
+    return bank.guided_steps * sum(4 * value.numel() for value in position.values())
+
+
+# ---- shapes of the released models
+
+SHAPES = {"24 frames": 6, "49 frames": 13}
+PATCHES, GUIDED_STEPS = 30 * 45, 10
+RANK = 4
+"""Of the factors in the table of sizes, for example; what a bank needs for an error depends on what it learned."""
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Bytes of a bank's positions at 480x720, ten guided steps, counted on tensors of the real shapes."""
+    rows = []
+    for length, model in itertools.product(SHAPES, ("5B", "2B")):
+        tokens = SHAPES[length] * PATCHES
+        channels, parts, movable = (64, 4, 2) if model == "5B" else (1920, 1, 1)
+        fp32 = GUIDED_STEPS * parts * torch.empty(tokens, channels, device="meta").nbytes
+        half = GUIDED_STEPS * movable * torch.empty(tokens, 3, dtype=torch.float16, device="meta").nbytes
+        factors = parts * (tokens + GUIDED_STEPS * channels) * RANK * 2
+        rows.append(
+            {
+                "model": model,
+                "length": length,
+                "fp32 positions": fp32,
+                "coordinates, 16 bits": half,
+                "coordinates, times smaller": round(fp32 / half, 1),
+                f"position, factors of rank {RANK}": factors,
+                "position, times smaller": round(fp32 / factors, 1),
+            }
+        )
+    return rows
+
+
+# ---- what is told
+
+
+def print_rows(rows: Mapping[str, Any], baseline: str) -> None:
+    """Print a line for every way, with its difference in motion fidelity to the baseline."""
+    for name, row in rows.items():
+        cells = " ".join(
+            f"{f} {row[f]['mean']:.3f} [{row[f]['low']:.3f}, {row[f]['high']:.3f}]"
+            for f in ("track_cosine", "motion_fidelity", *WORDS)
+        )
+        gain = paired_difference(row["motion_fidelity"]["values"], rows[baseline]["motion_fidelity"]["values"])
+        print(f"{name:46} {cells}  fidelity against {baseline}: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+
+
+def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paired differences of every way to guidance for every video, and to plain generation."""
+    return {
+        name: {
+            f"{figure} less {baseline}": vars(
+                paired_difference(row[figure]["values"], rows[baseline][figure]["values"])
+            )
+            for figure in FIGURES
+            for baseline in ("guided for every video", "plain")
+            if baseline in rows and baseline != name
+        }
+        for name, row in rows.items()
+    }
+
+
+PARTS = {
+    "zero-shot": lambda model: partial(recipe_scores, model, {"coordinates, lasting": DEFAULT}),
+    "recipes": lambda model: partial(recipe_scores, model, RECIPES),
+    "compaction": lambda model: partial(compaction_scores, model),
+}
+
+
+def main() -> None:
+    """Measure what is asked for and write it among the rest."""
+    asked = _parser().parse_args()
+    results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+    about = {"command": command(), "machine": machine()}
+    results["sizes"] = {**about, "rows": sizes()}
+    with start_workers(asked.workers) as pool:
+        for model, part in itertools.product(asked.models, asked.parts):
+            seeds = range(FIRST_SEED + asked.skip, FIRST_SEED + asked.skip + asked.clips)
+            scores = Bench(asked.clips, pool).scores(PARTS[part](model), seeds, f"{model}: {part}")
+            rows = summary(scores)
+            told = {**about, "measured": datetime.now(UTC).isoformat(timespec="seconds"), "references": asked.clips}
+            results.setdefault(model, {})[part] = {**told, "rows": rows, "differences": differences(rows)}
+            write_json(asked.out, results)
+            print_rows(rows, next(iter(rows)) if part == "compaction" else "guided for every video")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bank_recipes", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--clips", type=int, default=64, help="held-out references")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many references first")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bank-recipes.json")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
