@@ -129,11 +129,11 @@ class CogVideoX:
     def default_position(self, grid: TokenGrid) -> PositionEmbedding:
         """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D].
 
-        That of the latest grid is kept: every pass asks for it.
+        That of the latest grid is kept, because every pass asks for it, and copied.
         """
         if self._latest_position is None or self._latest_position[0] != grid:
             self._latest_position = (grid, self._position_of(grid))
-        return dict(self._latest_position[1])
+        return {part: value.clone() for part, value in self._latest_position[1].items()}
 
     def _position_of(self, grid: TokenGrid) -> PositionEmbedding:
         if self._rotary:
