@@ -42,9 +42,9 @@ RECIPES = {
     "position, as the paper": MethodSettings(optimize="position"),
     "position, measured in the pass, 4 drafts": MethodSettings(optimize="position", iterations=10, drafts=4),
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
-    "coordinates, measured in the pass": MethodSettings(optimize="coordinates", learning_rate=(0.2, 0.1)),
+    "coordinates, measured in the pass": MethodSettings(optimize="coordinates", learning_rate=(0.15, 0.075)),
     "coordinates, measured in the pass, 4 drafts": MethodSettings(
-        optimize="coordinates", learning_rate=(0.2, 0.1), iterations=10, drafts=4
+        optimize="coordinates", learning_rate=(0.15, 0.075), iterations=10, drafts=4
     ),
     "coordinates, lasting, 1 draft": replace(DEFAULT, drafts=1),
     "coordinates, lasting": DEFAULT,

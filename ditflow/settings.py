@@ -19,7 +19,7 @@ VARIABLES = ("latent", "position", "coordinates")
 _VARIABLES: Mapping[str, Mapping[str, Any]] = {"coordinates": {"learning_rate": (0.05, 0.025)}}
 _LASTING: Mapping[str, Mapping[str, Any]] = {
     "position": {"iterations": 10, "learning_rate": (0.008, 0.004)},
-    "coordinates": {"iterations": 10, "learning_rate": (0.2, 0.1)},
+    "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075)},
 }
 """Where a model does not say otherwise."""
 
