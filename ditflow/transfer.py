@@ -62,14 +62,18 @@ def transfer_motion(
     """Generate a video of `prompt` that moves like `reference`.
 
     reference: a uint8 RGB video [T, H, W, 3], a motion reference taken before, or a bank to reuse (nothing is
-        optimised then). size: (frames, height, width) of the new video; a reference video's own if left out.
+        optimised then, and as many steps are guided as it has, if `method` does not say otherwise).
+    size: (frames, height, width) of the new video; a reference video's own if left out.
     Every random number comes from `seed`: the same call on the same machine gives the same bytes.
     """
     if size is None:
         if not isinstance(reference, np.ndarray):
             raise ValueError("size: (frames, height, width) is needed unless the reference is a video")
         size = (reference.shape[0], reference.shape[1], reference.shape[2])
-    method = (method or MethodSettings()).resolve(backbone.defaults)
+    method = method or MethodSettings()
+    if isinstance(reference, MotionBank) and method.guided_steps is None:
+        method = replace(method, guided_steps=reference.guided_steps)
+    method = method.resolve(backbone.defaults)
     sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
     started = time.perf_counter()
     if isinstance(reference, np.ndarray):

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from ditflow import backbones
 from ditflow.backbones import ModelIdentity, ModelNotFoundError
 from ditflow.backbones.base import Geometry
-from ditflow.settings import MethodSettings, SettingsError
+from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError
@@ -393,14 +393,20 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
     defaults = model.geometry.defaults
     resolved = replace(
         job,
-        method=job.method.resolve(defaults),
-        methods={name: method.resolve(defaults) for name, method in job.methods.items()},
+        method=_resolved(job.method, job.kind, defaults),
+        methods={name: _resolved(method, job.kind, defaults) for name, method in job.methods.items()},
         sampling=job.sampling.resolve(defaults),
     )
     mistakes = [*_misfits(resolved, model, lines), *_credentials(job, lines)]
     if mistakes:
         raise SpecError("\n".join(mistakes))
     return ReadySpec(resolved, model, to_yaml(resolved))
+
+
+def _resolved(method: MethodSettings, kind: str, defaults: ModelDefaults) -> MethodSettings:
+    """Fill in the model's defaults. How many steps are guided in `reuse`, every bank says, if the spec does not."""
+    resolved = method.resolve(defaults)
+    return replace(resolved, guided_steps=method.guided_steps) if kind == "reuse" else resolved
 
 
 def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
@@ -425,7 +431,9 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
 def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[MethodSettings], Any]]:
     """What each of a job's methods has to stand; each raises SettingsError."""
     return [
-        lambda method: method.needs_reference and method.count_guided_steps(steps),
+        lambda method: (
+            method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps)
+        ),
         lambda method: geometry.check_blocks(method.blocks or ()),
         partial(_check_kind, kind),
     ]

@@ -467,12 +467,12 @@ class _BlockAttention:
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         injected = self._hooks.injected if self._block == 0 else None
         query = _split_heads(attn, attn.to_q(tokens), attn.norm_q)
-        key = _split_heads(attn, _projected(attn.to_k, tokens, injected and injected.key), attn.norm_k)
+        key = _split_heads(attn, _projected(attn.to_k, tokens, injected.key if injected else None), attn.norm_k)
         if image_rotary_emb is not None:
             query = _rotate_video(query, image_rotary_emb, "query", text_tokens)
             key = _rotate_video(key, image_rotary_emb, "key", text_tokens)
         self._hooks.keep_queries_keys(self._block, query[:, text_tokens:], key[:, text_tokens:])
-        value = _split_heads(attn, _projected(attn.to_v, tokens, injected and injected.value), None)
+        value = _split_heads(attn, _projected(attn.to_v, tokens, injected.value if injected else None), None)
         attended = dispatch_attention_fn(query, key, value, backend=self._backend)
         output = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         return output[:, text_tokens:], output[:, :text_tokens]

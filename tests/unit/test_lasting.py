@@ -185,3 +185,22 @@ def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, movin
 def test_only_what_learns_positions_has_drafts():
     with pytest.raises(SettingsError, match="drafts: 2 .* 1 unless positions are learned"):
         MethodSettings(optimize="latent", drafts=2)
+
+
+@pytest.mark.parametrize(("asked", "guided"), [(None, 2), (1, 1)])
+def test_a_bank_guides_as_many_steps_as_it_has_unless_fewer_are_asked_for(rotary_backbone, moving_video, asked, guided):
+    """The model's own default is 10, more than the bank has."""
+    bank = bank_of(rotary_backbone, extract_motion(rotary_backbone, moving_video, METHOD))
+    positions, original = [], rotary_backbone.predict
+
+    def predict(latents, timestep, embeds, position, injected=None):
+        positions.append(position)
+        return original(latents, timestep, embeds, position, injected)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotary_backbone, "predict", predict)
+        method = MethodSettings(optimize="coordinates", guided_steps=asked)
+        transfer_motion(rotary_backbone, PROMPT, reference=bank, size=CLIP, method=method, sampling=SAMPLING, seed=1)
+    own = rotary_backbone.default_position(rotary_backbone.grid(noise(rotary_backbone, 1)))
+    moved = [not torch.equal(position["query_cos"], own["query_cos"]) for position in positions]
+    assert moved == [True] * guided + [False] * (STEPS - guided)

@@ -502,3 +502,21 @@ def test_no_credential_is_in_the_resolved_spec(load, options):
 def test_options_that_are_no_credentials_are_kept(load):
     options = {"endpoint_url": "http://127.0.0.1:9000", "config_kwargs": {"read_timeout": 120}}
     assert load(overrides=(f"storage_options={options}",)).job.storage_options == options
+
+
+def test_a_reuse_job_leaves_the_guided_steps_to_its_banks(tmp_path):
+    spec = {
+        "kind": "reuse",
+        "name": "test",
+        "model": {"path": "mini"},
+        "banks": {"uri": str(tmp_path)},
+        "prompts": ["a red ball"],
+        "method": {"optimize": "coordinates"},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    assert load_spec(file).job.method.guided_steps is None
+    assert load_spec(file, ["method.guided_steps=3"]).job.method.guided_steps == 3
+    file.write_text(load_spec(file).yaml)
+    assert load_spec(file).job.method.guided_steps is None
