@@ -45,11 +45,17 @@ def connect(address: str | None) -> Any:
             "there or in RAY_ADDRESS (that of `ditflow run` has another port, and no http://)"
         )
     try:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
-
-        return JobSubmissionClient(address)
     except ImportError as error:
         raise LaunchError(f"Ray's job API is not installed ({error}): pip install 'ditflow[cluster]'") from error
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise LaunchError(
+            f"{address}: the cluster asks for a token, and did not get its own: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise LaunchError(
             f"{address}: there is no Ray cluster that answers: {error}. Start one (ray up infra/aws/cluster.yaml), "

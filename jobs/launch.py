@@ -134,7 +134,7 @@ def _kubectl(arguments: list[str], manifests: list[Manifest], profile: Profile) 
         raise LaunchError(
             f"kubectl {' '.join([*context, *arguments])} failed with exit status {done.returncode}: "
             f"{done.stderr.strip()}\nCheck the cluster that kubectl speaks to (kubectl config current-context), that "
-            f"the namespace {profile.namespace} is there, and that KubeRay is installed (kubectl get crd rayjobs.ray.io)"
+            f"the namespace {profile.namespace} is there, and KubeRay installed (kubectl get crd rayjobs.ray.io)"
         )
     return done.stdout
 

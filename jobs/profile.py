@@ -100,8 +100,8 @@ class Profile:
     PersistentVolumeClaims, by their names, such as {weights: /models}. runtime_env: of Ray, for what the image lacks.
 
     retries: how often a job that failed is run again, each time on a new cluster, where it goes on. deadline_s: after
-    which KubeRay ends a run, and does not try it again. keep_s: how long a finished job's cluster stays, to be looked at. idle_s: after which the autoscaler
-    gives a worker back. time_zone: of schedules.
+    which KubeRay ends a run, and does not try it again. keep_s: how long a finished job's cluster stays, to be looked
+    at. idle_s: after which the autoscaler gives a worker back. time_zone: of schedules.
     """
 
     namespace: str

@@ -59,7 +59,7 @@ def _unreachable(spec: CheckedSpec, shared: tuple[str, ...]) -> Iterator[str]:
     elif not spec.job.model.download:
         yield spec.mistake(
             ["model", "path"],
-            f"{model!r} is the id of a hub, which the cluster has no copy of: expected a folder on a volume, s3://..., or "
+            f"{model!r} is the id of a hub, which the cluster does not have: expected one on a volume, s3://... or "
             "model.download: true (every node then fetches it)",
         )
 
