@@ -72,7 +72,7 @@ def test_a_data_set_is_made_and_measured_by_the_presets(cluster, clips, tmp_path
     monkeypatch.chdir(PRESETS.parent)  # where the preset's table of prompts lies
     output = tmp_path / "videos"
     made = made_small("dataset-synthesis", tmp_path, f"references.uri={clips}", f"output.uri={output}", "seeds=[1]")
-    spec, tally, _ = run(made)
+    _, tally, _ = run(made)
     assert (tally.ok, tally.not_ok) == (2 * 4, 0)
 
     from pipeline.run import run_evaluation
