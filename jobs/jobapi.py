@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import aiohttp
+
 from jobs.shipping import SPEC_FILE, LaunchError, pack
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -77,7 +79,7 @@ def follow(client: Any, job_id: str, show: Callable[[str], None], say: Callable[
             if info.status.is_terminal():
                 return _exit_status(info, job_id, say)
             silent_since = None
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if "does not exist" in str(error):
                 raise LaunchError(f"the cluster knows no job {job_id}: {error}".strip()) from error
             silent_since = silent_since or time.monotonic()

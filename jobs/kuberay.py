@@ -20,6 +20,7 @@ import yaml
 
 from jobs.cron import check_cron
 from jobs.profile import NAME, Group, Place, Profile
+from jobs.scheduled import FAILED, REFUSED
 from jobs.shipping import SPEC_FILE, Shipment
 
 Manifest = dict[str, Any]
@@ -281,13 +282,13 @@ class _Builder:
 
     def _cron_job(self, schedule: str, holder: str) -> Manifest:
         job = {
-            # A pod whose node goes away is made again, and finds the run that it made. A failed run is final.
+            # A pod that goes away, or gets no answer, is made again and finds its run. A failed run is final.
             "backoffLimit": 5,
             "podFailurePolicy": {
                 "rules": [
                     {
                         "action": "FailJob",
-                        "onExitCodes": {"containerName": "create-run", "operator": "In", "values": [1, 2]},
+                        "onExitCodes": {"containerName": "create-run", "operator": "In", "values": [FAILED, REFUSED]},
                     },
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 ]

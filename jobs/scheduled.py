@@ -4,7 +4,8 @@ The RayJob is called as the pod's Job is. A pod that takes the place of another 
 and the schedule's next date does not come (`concurrencyPolicy: Forbid`) before the run has ended. The Job owns it: who
 deletes the one, or the CronJob, deletes the other.
 
-Exit status: 0 the run succeeded; 1 it failed; 2 the cluster refuses it.
+Exit status: 0 the run succeeded; 1 it failed; 2 the cluster refuses it; 75 the cluster does not answer: the run may go
+on, and another pod is to look after it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_expone
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 SECONDS_BETWEEN_LOOKS = 15.0
+SUCCEEDED, FAILED, REFUSED, NO_ANSWER = 0, 1, 2, 75
 _PATIENCE_S = 900.0
 
 
@@ -32,12 +34,13 @@ class Api:
 
     address: str
     account: Path = ACCOUNT
+    patience_s: float = _PATIENCE_S
 
     def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> requests.Response:
         """Return the answer to a request; what passes by itself is waited for."""
         passing = retry_if_exception(_passes)
         for attempt in Retrying(
-            retry=passing, wait=wait_exponential(max=30), stop=stop_after_delay(_PATIENCE_S), reraise=True
+            retry=passing, wait=wait_exponential(max=30), stop=stop_after_delay(self.patience_s), reraise=True
         ):
             with attempt:
                 answer = self._send(method, path, body)
@@ -67,19 +70,20 @@ def run_to_end(api: Api, run: Mapping[str, Any], say: Callable[[str], None], pau
     answer = api.send("POST", place, run)
     if answer.status_code not in (201, 409):
         say(f"{name}: the cluster refuses the RayJob ({answer.status_code}): {_reason(answer)}")
-        return 2
+        return REFUSED
     while True:
         answer = api.send("GET", f"{place}/{name}")
         if answer.status_code != 200:
-            say(f"{name}: the RayJob cannot be looked at ({answer.status_code}), or was deleted: {_reason(answer)}")
-            return 1
+            gone = answer.status_code == 404
+            say(f"{name}: the RayJob {'was deleted' if gone else 'cannot be looked at'}: {_reason(answer)}")
+            return FAILED if gone else NO_ANSWER
         status = answer.json().get("status", {})
         state = status.get("jobDeploymentStatus", "")
         if state != told:
             say(f"{name}: {state or 'created'} {status.get('message', '')}".rstrip())
             told = state
         if state in ("Complete", "Failed"):  # a run that is tried again is Retrying
-            return 0 if status.get("jobStatus") == "SUCCEEDED" else 1
+            return SUCCEEDED if status.get("jobStatus") == "SUCCEEDED" else FAILED
         pause()
 
 
@@ -101,7 +105,11 @@ def main() -> None:
     run = named(yaml.safe_load(Path(sys.argv[1]).read_text()), os.environ["JOB_NAME"], os.environ["JOB_UID"])
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT_HTTPS"]
     api = Api(f"https://{f'[{host}]' if ':' in host else host}:{port}")
-    sys.exit(run_to_end(api, run, lambda text: print(text, flush=True), lambda: time.sleep(SECONDS_BETWEEN_LOOKS)))
+    try:
+        sys.exit(run_to_end(api, run, lambda text: print(text, flush=True), lambda: time.sleep(SECONDS_BETWEEN_LOOKS)))
+    except requests.RequestException as error:
+        print(f"the cluster does not answer: {error}", flush=True)
+        sys.exit(NO_ANSWER)
 
 
 if __name__ == "__main__":

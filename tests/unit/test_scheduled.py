@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.scheduled import Api, named, run_to_end
+from jobs.scheduled import FAILED, NO_ANSWER, REFUSED, SUCCEEDED, Api, main, named, run_to_end
 
 RUN = {"kind": "RayJob", "metadata": {"name": "nightly", "namespace": "video", "labels": {"a": "b"}}, "spec": {}}
 PLACE = "/apis/ray.io/v1/namespaces/video/rayjobs"
@@ -158,3 +158,20 @@ def test_a_run_that_somebody_deletes_is_a_failed_one(cluster, api):
     said: list[str] = []
     assert run_to_end(api, named(RUN, "nightly-29000000", "uid-1"), said.append, delete) == 1
     assert "was deleted" in said[-1]
+
+
+@pytest.mark.parametrize("cluster", [{**ENDED, "stumbles": 1000}], indirect=True)
+def test_no_answer_is_not_the_end_of_a_run(cluster, tmp_path, monkeypatch):
+    """The Job fails for good on the statuses of a run that has ended, and on no other."""
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "run.yaml").write_text(json.dumps(RUN))
+    for name, value in {"JOB_NAME": "n", "JOB_UID": "u", "KUBERNETES_SERVICE_HOST": "h"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT_HTTPS", "443")
+    monkeypatch.setattr("sys.argv", ["scheduled", str(tmp_path / "run.yaml")])
+    api = Api(f"http://127.0.0.1:{cluster.server_port}", tmp_path, patience_s=0)
+    monkeypatch.setattr("jobs.scheduled.Api", lambda address: api)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == NO_ANSWER
+    assert NO_ANSWER not in (SUCCEEDED, FAILED, REFUSED)

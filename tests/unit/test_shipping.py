@@ -26,7 +26,7 @@ def test_a_shipped_spec_is_the_same_job_with_its_overrides(tmp_path):
 def test_a_model_that_is_only_on_the_cluster_needs_not_be_here(tmp_path):
     file = spec_of(tmp_path, model={"path": "/models/nowhere-here"})
     assert pack(file, (), ["/models"], gpus=False).job.model.path == "/models/nowhere-here"
-    with pytest.raises(SpecError, match="no model"):
+    with pytest.raises(SpecError, match="neither a folder here"):
         load_spec(file)
 
 
