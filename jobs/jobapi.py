@@ -71,11 +71,11 @@ def follow(client: Any, job_id: str, show: Callable[[str], None], say: Callable[
     A connection that breaks is made again, and what was shown is not shown twice. Raises LaunchError when the cluster
     does not answer for minutes, and for an id that it does not know.
     """
-    shown, silent_since = 0, None
+    log, silent_since = _Log(show), None
     while True:
         try:
             info = client.get_job_info(job_id)
-            shown = asyncio.run(_show_log(client, job_id, shown, show))
+            asyncio.run(log.read(client, job_id))
             if info.status.is_terminal():
                 return _exit_status(info, job_id, say)
             silent_since = None
@@ -88,16 +88,21 @@ def follow(client: Any, job_id: str, show: Callable[[str], None], say: Callable[
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-async def _show_log(client: Any, job_id: str, shown: int, show: Callable[[str], None]) -> int:
-    """Show a job's log but for the `shown` characters that were; return how many there are."""
-    seen = 0
-    async for piece in client.tail_job_logs(job_id):
-        new = piece[max(0, shown - seen) :]
-        seen += len(piece)
-        if new:
-            show(new)
-            shown = seen
-    return max(shown, seen)
+class _Log:
+    """What a job writes, shown once, however often it is read from its beginning."""
+
+    def __init__(self, show: Callable[[str], None]):
+        self._show, self._shown = show, 0
+
+    async def read(self, client: Any, job_id: str) -> None:
+        """Show what is new until the job has ended, or the connection breaks, which raises."""
+        seen = 0
+        async for piece in client.tail_job_logs(job_id):
+            new = piece[max(0, self._shown - seen) :]
+            seen += len(piece)
+            if new:
+                self._show(new)
+                self._shown = seen
 
 
 def _exit_status(info: Any, job_id: str, say: Callable[[str], None]) -> int:

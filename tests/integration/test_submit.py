@@ -72,7 +72,7 @@ def head() -> Iterator[str]:
 
 
 def started(options: dict[str, object], address: str, log: Path) -> psutil.Popen:
-    """A head that takes jobs. On a machine that is busy Ray gives its start up after half a minute: it is tried again."""
+    """A head that takes jobs. Where the machine is busy Ray gives up its start after half a minute: it is tried again."""
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     for _ in range(STARTS):
