@@ -75,16 +75,16 @@ def follow(client: Any, job_id: str, show: Callable[[str], None], say: Callable[
     while True:
         try:
             info = client.get_job_info(job_id)
+            silent_since = None
             asyncio.run(log.read(client, job_id))
             if info.status.is_terminal():
                 return _exit_status(info, job_id, say)
-            silent_since = None
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if "does not exist" in str(error):
                 raise LaunchError(f"the cluster knows no job {job_id}: {error}".strip()) from error
-            silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > _PATIENCE_S:
+            if silent_since is not None and time.monotonic() - silent_since > _PATIENCE_S:
                 raise LaunchError(f"the cluster has not answered for {_PATIENCE_S:.0f} s: {error}") from error
+            silent_since = silent_since or time.monotonic()
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

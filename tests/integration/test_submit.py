@@ -72,7 +72,7 @@ def head() -> Iterator[str]:
 
 
 def started(options: dict[str, object], address: str, log: Path) -> psutil.Popen:
-    """A head that takes jobs. Where the machine is busy Ray gives up its start after half a minute: it is tried again."""
+    """A head that takes jobs. On a busy machine Ray gives up its start after half a minute: it is tried again."""
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     for _ in range(STARTS):
@@ -96,7 +96,9 @@ def takes_jobs(address: str, ray: psutil.Popen, log: Path) -> bool:
 
 def end(process: psutil.Popen) -> None:
     """End a process and all that it has started."""
-    family = [process, *process.children(recursive=True)]
+    family = [process]
+    with suppress(psutil.NoSuchProcess):
+        family += process.children(recursive=True)
     for one in family:
         with suppress(psutil.NoSuchProcess):
             one.terminate()

@@ -35,11 +35,10 @@ class JobApi:
         application.router.add_get("/api/version", self._version)
         application.router.add_get("/api/jobs/{id}", self._info)
         application.router.add_get("/api/jobs/{id}/logs/tail", self._tail)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self.runner = web.AppRunner(application, shutdown_timeout=0.1)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        self.address = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
         self.ready.set()
 
     async def _version(self, _: web.Request) -> web.Response:
@@ -67,7 +66,8 @@ class JobApi:
         return socket
 
     def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """Answer no more; may be asked for again."""
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(60)
 
 
 @pytest.fixture
@@ -117,8 +117,16 @@ def test_a_job_that_the_cluster_does_not_know_is_told(api):
         follow(api, "raysubmit_two")
 
 
-@pytest.mark.parametrize("api", [{"cuts": [1] * 1000, "ends": WELL}], indirect=True)
+@pytest.mark.parametrize("api", [{"cuts": [1], "ends": WELL}], indirect=True)
 def test_a_cluster_that_stays_away_is_given_up(api, monkeypatch):
-    monkeypatch.setattr(jobapi, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(jobapi, "_PATIENCE_S", 0)
+    client = jobapi.connect(api.address)
+    api.stop()
     with pytest.raises(LaunchError, match="has not answered"):
-        follow(api)
+        jobapi.follow(client, JOB, lambda log: None, lambda text: None)
+
+
+@pytest.mark.parametrize("api", [{"cuts": [1, 2, 3, 1, 0], "ends": WELL}], indirect=True)
+def test_breaks_of_a_cluster_that_answers_between_them_are_no_silence(api, monkeypatch):
+    monkeypatch.setattr(jobapi, "_PATIENCE_S", 0)
+    assert follow(api)[:2] == (0, "".join(LOG))
