@@ -73,6 +73,7 @@ def expected_errors() -> Iterator[None]:
     """Turn errors that a user can cause into a message and an exit status, and nothing else."""
     from ditflow.artifact import ArtifactError
     from ditflow.backbones import ModelNotFoundError
+    from jobs.shipping import LaunchError
     from jobs.spec import SpecError
     from pipeline.faults import JobStoppedError
     from pipeline.lease import LeaseHeldError, LeaseLostError
@@ -92,7 +93,7 @@ def expected_errors() -> Iterator[None]:
         _fail(redact(str(error)), WRONG_REQUEST)
     except files as error:
         _fail(redact(f"{error.filename}: {error.strerror}"), WRONG_REQUEST)
-    except (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError) as error:
+    except (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError, LaunchError) as error:
         _fail(redact(str(error)), OTHER_ERROR)
 
 
@@ -246,6 +247,9 @@ def run(
     jobs: Annotated[list[Path], typer.Argument(help="Job specs (YAML), run one after the other.")],
     set_: SetOption = None,
     retry: Annotated[list[str] | None, typer.Option(help="Do rows again that ended as: failed, quarantined.")] = None,
+    allow_failed_rows: Annotated[
+        bool, typer.Option("--allow-failed-rows", help="End with 0 also then: for what would run the job again.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a job, or go on with it: only rows without a record are done.
@@ -261,7 +265,7 @@ def run(
         if not set(retry or ()) <= valid:
             raise ValueError(f"--retry: {retry} is not valid: expected {' or '.join(sorted(valid))}")
         ok = [_run_one(job, set_, tuple(retry or ()), as_json) for job in jobs]
-    if not all(ok):
+    if not (all(ok) or allow_failed_rows):
         raise typer.Exit(SOME_FAILED)
 
 
@@ -346,6 +350,39 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> None:
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
     screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
+
+
+@app.command()
+def submit(
+    job: Annotated[Path | None, typer.Argument(help="Job spec (YAML). With --follow it is left out.")] = None,
+    to: Annotated[str, typer.Option(help="ray (a cluster that runs) or kuberay (Kubernetes).")] = "ray",
+    set_: SetOption = None,
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="ray: http://head:8265")] = None,
+    wait: Annotated[bool, typer.Option(help="ray: follow the log until the job ends.")] = True,
+    follow: Annotated[str | None, typer.Option(help="ray: id of a job to follow again.")] = None,
+    profile: Annotated[Path, typer.Option(help="kuberay: what the cluster is like.")] = Path(
+        "infra/kuberay/profile.yaml"
+    ),
+    name: Annotated[str | None, typer.Option(help="kuberay: instead of the job's own name.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="kuberay: run at these times: '0 2 * * *'")] = None,
+    cron: Annotated[str, typer.Option(help="kuberay: what makes the runs: cronjob or raycronjob.")] = "cronjob",
+    queue: Annotated[str | None, typer.Option(help="kuberay: Kueue's queue.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="kuberay: print the manifests, change nothing.")] = False,
+) -> None:
+    """Hand a job to a cluster. To ray, its log is followed; who stops following does not stop the job.
+
+    \b
+    ditflow submit job.yaml --address http://ray-head:8265
+    ditflow submit --follow raysubmit_aBcDeFgH --address http://ray-head:8265
+    ditflow submit jobs/nightly-synthesis.yaml --to kuberay --schedule "0 2 * * *" --dry-run
+    """
+    from jobs.launch import Request, Wish, start
+
+    with expected_errors():
+        wish = Wish(name, schedule, cron, queue)
+        status = start(Request(to, job, tuple(set_ or ()), address, wait, follow, profile, wish, dry_run), screen)
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -31,6 +31,8 @@ from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError
 
 PRESETS = Path(__file__).parent
+
+Section = TypeVar("Section")
 
 
 class SpecError(ValueError):
@@ -46,17 +48,50 @@ class ReadySpec:
     yaml: str
 
 
+@dataclass(frozen=True)
+class CheckedSpec:
+    """A job whose model is somewhere else: its defaults are not filled in. `values` are those of the YAML."""
+
+    job: Job
+    values: dict[str, Any]
+    lines: _Lines
+
+    def mistake(self, keys: Iterable[str], message: str) -> str:
+        """One line of a SpecError: file, line, key, message."""
+        return self.lines.at(keys, message)
+
+
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> ReadySpec:
     """Read, check and resolve a job spec. `overrides` are texts like `model.path=mini`.
 
     Raises SpecError with every mistake that was found.
     """
-    document = _document(_read(Path(path)), str(path))
-    values = _mapping(document, str(path))
+    spec = check_spec(path, overrides)
+    return _resolve(spec.job, spec.lines)
+
+
+def check_spec(path: str | Path, overrides: Iterable[str] = ()) -> CheckedSpec:
+    """Read and check a job spec, but for what only its model can tell: that one may lie on another machine.
+
+    Raises SpecError with every mistake that was found.
+    """
+    presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.yaml")))
+    document = _document(_read(Path(path), f"Presets in {PRESETS}: {presets}"), str(path))
+    values = _mapping(document, str(path), Job)
     lines = _Lines(document, str(path))
     for override in overrides:
         _override(values, override)
-    return _resolve(_validate(values, lines), lines)
+    job = _validate(values, lines, Job, lambda values: _without_auto(_with_own_methods(values)))
+    return CheckedSpec(job, values, lines)
+
+
+def read_section(path: str | Path, section: type[Section], hint: str) -> Section:
+    """Read a YAML file whose keys are the fields of a dataclass, and check it as a job spec is checked.
+
+    Raises SpecError with every mistake that was found, and with `hint` for a file that cannot be read.
+    """
+    document = _document(_read(Path(path), hint), str(path))
+    return _validate(_mapping(document, str(path), section), _Lines(document, str(path)), section)
 
 
 def check_output(job: Job) -> None:
@@ -67,12 +102,11 @@ def check_output(job: Job) -> None:
         raise SpecError(f"output.uri: {error}") from error
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, hint: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        presets = ", ".join(sorted(preset.name for preset in PRESETS.glob("*.yaml")))
-        raise SpecError(f"{path}: cannot be read: {error}. Presets in {PRESETS}: {presets}") from error
+        raise SpecError(f"{path}: cannot be read: {error}. {hint}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- YAML
@@ -178,9 +212,9 @@ def _scalars(node: Any) -> Iterator[Any]:
         yield from _scalars(part)
 
 
-def _mapping(document: _Document, name: str) -> dict[str, Any]:
+def _mapping(document: _Document, name: str, section: type) -> dict[str, Any]:
     if not isinstance(document.values, dict):
-        raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(Job))}")
+        raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(section))}")
     return document.values
 
 
@@ -259,15 +293,21 @@ def _named_sections_in(hint: Any) -> type | None:
     return _section_in(get_args(hint)[1]) if get_origin(hint) is dict else None
 
 
-def _validate(values: dict[str, Any], lines: _Lines) -> Job:
-    unknown = list(islice(_unknown_keys(values, Job, ()), _MOST_MISTAKES))
+def _validate(
+    values: dict[str, Any],
+    lines: _Lines,
+    section: type[Section],
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Section:
+    """Return values as the dataclass whose fields are their keys; `prepare` brings short forms into full ones."""
+    unknown = list(islice(_unknown_keys(values, section, ()), _MOST_MISTAKES))
     mistakes = [lines.at(keys, message) for keys, message in unknown]
     if len(mistakes) == _MOST_MISTAKES:
         raise _refusal(mistakes)
     for keys, _ in unknown:
         _drop(values, keys)
     try:
-        job = _ADAPTER.validate_python(_without_auto(_with_own_methods(values)))
+        checked = TypeAdapter(section).validate_python(prepare(values))
     except ValidationError as error:
         # A key that is missing where another is misspelt is most likely that one.
         misspelt = {keys[:-1] for keys, _ in unknown}
@@ -278,7 +318,7 @@ def _validate(values: dict[str, Any], lines: _Lines) -> Job:
         raise _refusal(mistakes) from error
     if mistakes:
         raise _refusal(mistakes)
-    return job
+    return checked
 
 
 _MOST_MISTAKES = 100
@@ -297,9 +337,6 @@ def _drop(values: Any, keys: tuple[str, ...]) -> None:
         values = next((inner for key, inner in values.items() if str(key) == parent), {})
     for key in [key for key in values if str(key) == last]:
         del values[key]
-
-
-_ADAPTER: TypeAdapter[Job] = TypeAdapter(Job)
 
 
 def _with_own_methods(values: dict[str, Any]) -> dict[str, Any]:

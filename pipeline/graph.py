@@ -34,6 +34,15 @@ _EXTRACT_GPU_SHARE, _GENERATE_GPU_SHARE = 0.2, 0.8
 _EVALUATE_GPU_SHARE = 0.5
 
 
+def gpu_shares(job: Job) -> dict[str, float]:
+    """Return what an actor of each pool takes of a GPU where its `gpus` are `auto` and there are GPUs."""
+    return {
+        "extract": _EXTRACT_GPU_SHARE,
+        "generate": _GENERATE_GPU_SHARE,
+        "evaluate": 0.0 if job.metrics.device == "cpu" else _EVALUATE_GPU_SHARE,
+    }
+
+
 def finished_rows(job: Job, todo: list[WorkRow], model_revision: str) -> Iterator[Row]:
     """Run the rows to do; return each row's id, status, final loss, seconds and error as it is committed."""
     return _as_they_end(build(job, todo, model_revision))

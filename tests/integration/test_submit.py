@@ -1,0 +1,174 @@
+"""Facts about jobs on a cluster of their own: a real Ray head in processes of its own, and the real command line."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from running import write_spec
+
+from jobs.spec import PRESETS
+from pipeline.manifest import Manifest
+from pipeline.store import Store
+
+STARTS, LONGEST_JOB_S = 3, 900
+SMALL = [
+    "references.frames=9",
+    "references.height=32",
+    "references.width=32",
+    "references.stride=2",
+    "sampling.steps=3",
+]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+TOKEN = uuid.uuid4().hex
+
+
+def environment(token: str | None = TOKEN) -> dict[str, str]:
+    """That of a machine of the cluster: this checkout's software, its token, and no word of another cluster."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables["PYTHONPATH"] = str(PRESETS.parent)
+    return {**variables, "RAY_AUTH_MODE": "token", **({"RAY_AUTH_TOKEN": token} if token else {})}
+
+
+def ask(address: str, path: str) -> requests.Response:
+    return requests.get(f"{address}{path}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The address of the dashboard of a Ray head that is no part of this process."""
+    names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
+    names += ["metrics-export-port", "ray-client-server-port"]
+    options: dict[str, object] = dict(zip(names, free_ports(len(names)), strict=True))
+    address = f"http://127.0.0.1:{options['dashboard-port']}"
+    options |= {"dashboard-host": "127.0.0.1", "include-dashboard": "true", "node-ip-address": "127.0.0.1"}
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+        options |= {"num-cpus": 2, "object-store-memory": 100_000_000, "temp-dir": folder}
+        ray = started(options, address, Path(folder, "start.log"))
+        yield address
+        end(ray)
+
+
+def started(options: dict[str, object], address: str, log: Path) -> psutil.Popen:
+    """A head that takes jobs. On a busy machine Ray gives up its start after half a minute: it is tried again."""
+    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    for _ in range(STARTS):
+        with log.open("a") as stream:
+            ray = psutil.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
+        if takes_jobs(address, ray, log):
+            return ray
+        end(ray)
+    raise AssertionError(log.read_text())
+
+
+def takes_jobs(address: str, ray: psutil.Popen, log: Path) -> bool:
+    """Wait until a head has started and answers; False if it ended before."""
+    while ray.poll() is None:
+        with suppress(requests.RequestException):
+            if "Ray runtime started" in log.read_text() and ask(address, "/api/jobs/").ok:
+                return True
+        time.sleep(1)
+    return False
+
+
+def end(process: psutil.Popen) -> None:
+    """End a process and all that it has started."""
+    family = [process]
+    with suppress(psutil.NoSuchProcess):
+        family += process.children(recursive=True)
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for one in alive:
+        one.kill()
+    psutil.wait_procs(alive, timeout=20)
+
+
+def submit(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "jobs", "submit", *(str(argument) for argument in arguments)]
+
+
+def ended(*arguments: object, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        submit(*arguments), env=environment(token), capture_output=True, text=True, timeout=LONGEST_JOB_S, check=False
+    )
+
+
+def statuses(output: Path) -> list[str]:
+    return sorted(Manifest(Store(str(output))).statuses().values())
+
+
+def test_a_submitted_job_shows_its_log_and_ends_with_the_status_of_its_run(head, references, tmp_path):
+    """One reference is a video and the other is none, so that the status is neither 0 nor 1."""
+    clips = tmp_path / "references"
+    clips.mkdir()
+    for clip in sorted(references.glob("*.mp4"))[:1]:
+        (clips / clip.name).write_bytes(clip.read_bytes())
+    (clips / "broken.mp4").write_bytes(b"no video")
+    done = ended(write_spec(tmp_path), "--address", head)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "this run ended 1 ok, 1 failed" in done.stdout
+    assert "exit code 3" in done.stderr
+    assert statuses(tmp_path / "out") == ["failed", "ok"]
+
+
+def test_a_job_goes_on_when_its_submitter_is_killed_and_can_be_followed_to_its_end(head, references, tmp_path):
+    output = tmp_path / "out"
+    places = [f"references.uri={references}", f"output.uri={output}"]
+    changes = [argument for change in [*places, *SMALL] for argument in ("--set", change)]
+    submitter = subprocess.Popen(
+        submit(PRESETS / "quickstart.yaml", *changes, "--address", head),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert submitter.stderr is not None
+    told = next(line for line in submitter.stderr if line.startswith("job "))
+    job_id = told.split(";")[0].removeprefix("job ")
+    submitter.send_signal(signal.SIGKILL)
+    assert submitter.wait(60) == -signal.SIGKILL
+    assert ask(head, f"/api/jobs/{job_id}").json()["status"] in ("PENDING", "RUNNING")
+
+    followed = ended("--follow", job_id, "--address", head)
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "this run ended 8 ok, 0 failed" in followed.stdout
+    assert followed.stdout.count("8 rows of kind synthesize") == 1
+    assert statuses(output) == ["ok"] * 8
+
+
+def test_a_job_is_not_followed_where_it_is_not_known(head):
+    done = ended("--follow", "raysubmit_nowhere", "--address", head)
+    assert done.returncode == 1
+    assert "knows no job raysubmit_nowhere" in done.stderr
+
+
+def test_a_cluster_that_asks_for_a_token_says_so(head, tmp_path):
+    done = ended(write_spec(tmp_path), "--address", head, token="of-another-cluster")
+    assert done.returncode == 1
+    assert "the cluster asks for a token" in done.stderr
+    assert "of-another-cluster" not in done.stderr
