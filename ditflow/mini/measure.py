@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Num
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from ditflow.amf import hard_displacement
 from ditflow.backbones.base import Backbone
@@ -145,18 +144,40 @@ class _Fit:
 
 def _fit(evidence: Tensor, shape: str) -> _Fit:
     """Return the best place and size of a shape in every frame; evidence [T, H, W] in [-1, 1] is high on sprites."""
-    templates = _templates(shape)
-    maps = conv2d(evidence[:, None], templates[:, None], padding=templates.shape[-1] // 2).numpy()
+    maps = _correlations(evidence, shape).numpy()
     best = maps.reshape(len(maps), -1).argmax(axis=1)
     which, row, column = np.unravel_index(best, maps.shape[1:])
     centres = np.stack([column, row], axis=-1).astype(float)
     return _Fit(centres, np.array(RADII, float)[which], maps[np.arange(len(maps)), which, row, column])
 
 
+def _correlations(evidence: Tensor, shape: str) -> Tensor:
+    """Return the correlation [T, R, H, W] of every frame with the shape's template of every radius, at every place."""
+    height, width = evidence.shape[1:]
+    # Room for the half of a template that stands beyond one edge: what wraps around reaches no place that is returned.
+    size = (max(height, _reach() + 1) + _reach(), max(width, _reach() + 1) + _reach())
+    products = torch.fft.rfft2(evidence, s=size)[:, None] * _spectra(shape, size)
+    return torch.fft.irfft2(products, s=size)[..., :height, :width]
+
+
+@cache
+def _spectra(shape: str, size: tuple[int, int]) -> Tensor:
+    """Return the templates' spectra, of which a product with that of a frame is their correlation."""
+    templates, reach = _templates(shape), _reach()
+    placed = torch.zeros(len(templates), *size)
+    placed[:, : 2 * reach + 1, : 2 * reach + 1] = templates
+    return torch.fft.rfft2(placed.roll((-reach, -reach), dims=(1, 2))).conj()
+
+
+def _reach() -> int:
+    """Pixels from the middle of a template to its edge."""
+    return int(np.ceil(_WINDOW * RADII[-1]))
+
+
 @cache
 def _templates(shape: str) -> Tensor:
     """Return for every radius the weights that take half the mean inside the shape less half the mean around it."""
-    reach = int(np.ceil(_WINDOW * RADII[-1]))
+    reach = _reach()
     row, column = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     weights = []
     for radius in RADII:

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import conv2d
 
+from ditflow.mini import measure
 from ditflow.mini.measure import (
     Sighting,
     flow_score,
@@ -113,3 +116,12 @@ def test_a_clip_without_sprites_has_no_score_on_sprites():
     score = flow_score(np.zeros((5, 5, 64, 2)), render(scene).displacement(*GRID))
     assert np.isnan(score.sprite_error)
     assert score.ground_length == 0
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (32, 32)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silhouettes_are_looked_for_by_plain_correlation(shape, size):
+    evidence = torch.rand(3, *size) * 2 - 1
+    templates = measure._templates(shape)
+    plain = conv2d(evidence[:, None], templates[:, None], padding=templates.shape[-1] // 2)
+    torch.testing.assert_close(measure._correlations(evidence, shape), plain, rtol=1e-4, atol=1e-5)
