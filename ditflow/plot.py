@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,13 @@ _PANEL = 2.9  # inches of a panel's longer side
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.45, 2.0, 0.85, 0.15, 0.32  # inches around and between panels
 _THUMBNAIL = 200  # pixels of a contact sheet's cell, longer side
 _LABEL, _MARGIN = 26, 6  # pixels of a contact sheet's label line, and between cells
+_FLOW_COLUMNS = 6  # panels side by side, where rows can be broken
+_GROUND = 90  # grey of a panel without a picture, before it is dimmed
 _BACKGROUND, _INK, _FAINT = "#101014", "#f2f2f2", "#9a9aa2"
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
+Displacements = np.ndarray | Mapping[tuple[int, int], np.ndarray]
+"""Displacements [P, 2] by pair of latent frames: all pairs of an array [F, F, P, 2], or some of them."""
 
 
 class PlotError(ValueError):
@@ -67,6 +71,32 @@ def plot_flow(
             _draw_flow(axes, frames, drawn, pair)
     _write_headings(figure, title or "Attention motion flow", drawn)
     _label_rows(panels, ("to the next frame", "from the first frame"))
+    _draw_wheel(figure, drawn.largest)
+    _save(figure, path)
+
+
+def plot_consecutive_flow(
+    flow: np.ndarray, grid: tuple[int, int, int], size: tuple[int, int], path: str | Path, title: str = ""
+) -> None:
+    """Draw the flow from every latent frame to the next as a PNG at `path`, over an empty ground: as a bank keeps it.
+
+    flow: integers [F-1, P, 2] as (dx, dy) in patches; grid: (F, h, w); size: height and width of the video in pixels.
+    Panels are read row by row; arrows, dots and colours as in `plot_flow`. Raises PlotError and OSError as it does.
+    """
+    expected = (grid[0] - 1, grid[1] * grid[2], 2)
+    if flow.shape != expected or not flow.size or not np.issubdtype(flow.dtype, np.integer):
+        raise PlotError(
+            f"the flow is {flow.dtype} {list(flow.shape)}, expected integers {list(expected)} for a "
+            f"{'x'.join(map(str, grid))} grid of 2 latent frames or more."
+        )
+    pairs = list(pairwise(range(grid[0])))
+    drawn = _Flow.of(dict(zip(pairs, flow.astype(np.int64), strict=True)), pairs, grid)
+    columns = min(len(pairs), _FLOW_COLUMNS)
+    figure, panels = _panels(math.ceil(len(pairs) / columns), columns, size)
+    ground = np.full((1, *size, 3), _GROUND, np.uint8)
+    for axes, pair in zip(chain.from_iterable(panels), pairs, strict=False):
+        _draw_flow(axes, ground, drawn, pair)
+    _write_headings(figure, title or "Motion from frame to frame", drawn)
     _draw_wheel(figure, drawn.largest)
     _save(figure, path)
 
@@ -208,13 +238,13 @@ def _length(displacement: np.ndarray) -> Float[np.ndarray, "*points"]:
 class _Flow:
     """A flow as it is drawn: every `step`-th patch per side, colours full at the length `largest`."""
 
-    displacement: Int[np.ndarray, "frames frames patches 2"]
+    displacement: Displacements
     grid: tuple[int, int, int]
     largest: float
     step: int
 
     @classmethod
-    def of(cls, displacement: np.ndarray, pairs: Sequence[tuple[int, int]], grid: tuple[int, int, int]) -> _Flow:
+    def of(cls, displacement: Displacements, pairs: Sequence[tuple[int, int]], grid: tuple[int, int, int]) -> _Flow:
         """The flow between these pairs of latent frames (i, j)."""
         drawn = np.stack([displacement[i, j] for i, j in pairs])
         return cls(displacement, grid, max(1.0, float(_length(drawn).max())), _thinning(drawn, grid))

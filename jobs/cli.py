@@ -35,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 manifest_app = typer.Typer(help="Show and check a job's manifest.", no_args_is_help=True)
-bank_app = typer.Typer(help="List and show motion banks.", no_args_is_help=True)
+bank_app = typer.Typer(help="List, show, check and copy motion banks.", no_args_is_help=True)
 mini_app = typer.Typer(help="The synthetic world of the embedded model.", no_args_is_help=True)
 app.add_typer(manifest_app, name="manifest")
 app.add_typer(bank_app, name="bank")
@@ -51,6 +51,9 @@ HeightOption = Annotated[int | None, typer.Option(help="Height in pixels.")]
 StartOption = Annotated[int, typer.Option(help="First frame used.")]
 StrideOption = Annotated[int, typer.Option(help="Every how many frames one is used.")]
 WidthOption = Annotated[int | None, typer.Option(help="Width in pixels.")]
+WhereOption = Annotated[
+    str | None, typer.Option(help="Condition in SQL on the catalogue's columns: mean_displacement > 1.")
+]
 StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as JSON, such as an endpoint_url.")]
 
 
@@ -71,17 +74,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def expected_errors() -> Iterator[None]:
     """Turn errors that a user can cause into a message and an exit status, and nothing else."""
-    from ditflow.artifact import ArtifactError
-    from ditflow.backbones import ModelNotFoundError
-    from jobs.shipping import LaunchError
-    from jobs.spec import SpecError
-    from pipeline.faults import JobStoppedError
-    from pipeline.lease import LeaseHeldError, LeaseLostError
-    from pipeline.manifest import ManifestError
-    from pipeline.plan import PlanError
-    from pipeline.store import StoreError, StoreMissingError, redact
-
-    wrong = (SpecError, PlanError, ModelNotFoundError, ArtifactError, StoreMissingError, ValueError)
     files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
     try:
         yield
@@ -89,16 +81,35 @@ def expected_errors() -> Iterator[None]:
         screen.print("stopped. Run the same command again to go on where it stopped.")
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from stop
-    except wrong as error:
-        _fail(redact(str(error)), WRONG_REQUEST)
     except files as error:
-        _fail(redact(f"{error.filename}: {error.strerror}"), WRONG_REQUEST)
-    except (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError, LaunchError) as error:
-        _fail(redact(str(error)), OTHER_ERROR)
+        _fail(f"{error.filename}: {error.strerror}", WRONG_REQUEST)
+    except Exception as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        _fail(str(error), status)
+
+
+def _status_of(error: Exception) -> int | None:
+    """Return the exit status for an error that a user can cause; None for any other."""
+    # Imported when it comes to that: they take seconds, which a quick command does not have.
+    from pipeline.store import StoreError, StoreMissingError
+
+    if isinstance(error, (ValueError, StoreMissingError)):
+        return WRONG_REQUEST
+    from jobs.shipping import LaunchError
+    from pipeline.faults import JobStoppedError
+    from pipeline.lease import LeaseHeldError, LeaseLostError
+    from pipeline.manifest import ManifestError
+
+    others = (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError, LaunchError)
+    return OTHER_ERROR if isinstance(error, others) else None
 
 
 def _fail(message: str, status: int) -> None:
-    for line in message.splitlines():
+    from pipeline.store import redact
+
+    for line in redact(message).splitlines():
         screen.print(f"error: {line}", style="red")
     raise typer.Exit(status)
 
@@ -454,7 +465,7 @@ def manifest_show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the manifest as a table; with --json, a line per row."""
-    from jobs.display import print_rows
+    from jobs.table import print_rows
     from pipeline.manifest import Manifest
     from pipeline.record import COLUMN_NAMES, STATUSES
 
@@ -534,35 +545,82 @@ def _clean(manifest: Manifest) -> None:
 
 @bank_app.command("list")
 def bank_list(
-    output: Annotated[str, typer.Argument(help="Output folder of a build-bank job.")],
+    banks: Annotated[str, typer.Argument(help="A folder of banks, or the output of a build-bank job.")],
+    where: WhereOption = None,
+    sort: Annotated[str | None, typer.Option(help="Column to sort by; with a '-' before it, the other way.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Show so many.", min=1)] = None,
     storage: StorageOption = "{}",
     as_json: JsonFlag = False,
 ) -> None:
-    """List the motion banks of a job, with size, model and losses."""
-    from jobs.display import bank_rows, print_rows
+    """List motion banks, with model, motion, losses and tags; with --json, a line per bank and all columns.
+
+    \b
+    ditflow bank list s3://bucket/runs/banks --sort loss_final --limit 20
+    ditflow bank list banks --where "mean_displacement > 1 AND loss_final < 0.2 AND list_contains(tags, 'walk')"
+    """
+    from jobs.banks import SHOWN, listed
+    from jobs.table import print_rows
 
     with expected_errors():
-        rows = bank_rows(_store(output, storage))
+        rows = listed(banks, _options(storage), where, sort, limit, screen.print)
         for row in rows if as_json else ():
             _emit(**row)
         if not as_json:
-            print_rows(["bank_id", "bytes", "model", "grid", "loss_first", "loss_final", "prompt", "reference"], rows)
+            print_rows(SHOWN, rows)
 
 
 @bank_app.command("show")
 def bank_show(
     bank: Annotated[str, typer.Argument(help="A bank's file (path or URI).")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the reference's motion flow into this PNG.")] = None,
     storage: StorageOption = "{}",
 ) -> None:
-    """Show all that a motion bank says of itself, as JSON."""
-    from dataclasses import asdict
-
-    from ditflow.bank import MotionBank
-    from pipeline.store import read_uri
+    """Show all that a motion bank says of itself, as JSON, and draw its motion."""
+    from jobs.banks import shown
 
     with expected_errors():
-        header = MotionBank.read_header(read_uri(bank, _options(storage)), bank)
-        print(json.dumps(asdict(header), indent=2))
+        print(json.dumps(shown(bank, _options(storage), plot), indent=2))
+
+
+@bank_app.command("verify")
+def bank_verify(
+    banks: Annotated[str, typer.Argument(help="A bank, a folder of banks, or the output of a build-bank job.")],
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Read every bank as a whole: is it what it says, and what its job's manifest says?"""
+    from dataclasses import asdict
+
+    from jobs.table import printable
+
+    with expected_errors():
+        from pipeline.bank_files import check_banks
+
+        count, problems = check_banks(banks, _options(storage))
+    for problem in problems:
+        _emit(**asdict(problem)) if as_json else print(printable(f"{problem.key}: {problem.detail}"))
+    screen.print(f"{count} banks, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(OTHER_ERROR)
+
+
+@bank_app.command("export")
+def bank_export(
+    banks: Annotated[str, typer.Argument(help="A folder of banks, or the output of a build-bank job.")],
+    target: Annotated[str, typer.Argument(help="Folder that the copies go to (path or URI).")],
+    where: WhereOption = None,
+    storage: StorageOption = "{}",
+) -> None:
+    """Copy motion banks to another folder, byte for byte, with a catalogue; it can be the banks.uri of a reuse job.
+
+    \b
+    ditflow bank export outputs/banks s3://bucket/walks --where "list_contains(tags, 'walk')"
+    """
+    with expected_errors():
+        from jobs.banks import exported
+
+        count = exported(banks, target, _options(storage), where, screen.print)
+    screen.print(f"{count} banks copied to {target}")
 
 
 def _store(output: str, storage: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -17,15 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from ditflow.bank import MotionBank
 from ditflow.plot import plot_intervals
+from jobs.table import FILE_WIDTH, printable
 from pipeline.comparison import Comparison, Entry
 from pipeline.manifest import Manifest
 from pipeline.run import RUN_KEY
 from pipeline.store import Store, StoreMissingError
-
-_FILE_WIDTH = 200
-"""Characters of a table that goes to a file or a pipe."""
 
 
 class RowProgress:
@@ -101,53 +97,6 @@ def print_status(facts: Mapping[str, Any], screen: Console) -> None:
             screen.print(f"{name.replace('_', ' '):>16}  {shown}")
 
 
-def bank_rows(store: Store) -> list[dict[str, Any]]:
-    """Return one row per motion bank of a job."""
-    rows = []
-    for key, size in store.sizes("banks").items():
-        header = MotionBank.read_header(store.read(key), key)
-        rows.append(
-            {
-                "bank_id": key.removeprefix("banks/").removesuffix(".safetensors"),
-                "bytes": size,
-                "model": header.model,
-                "grid": "x".join(map(str, header.grid)),
-                "loss_first": header.losses[0][0] if header.losses else None,
-                "loss_final": header.losses[-1][-1] if header.losses else None,
-                "prompt": header.prompt,
-                "reference": header.provenance.get("reference_uri"),
-            }
-        )
-    return rows
-
-
-def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table on stdout, a line each; prompts and errors are shown as they are, never as markup."""
-    table = Table(box=SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        # The first column is an id, which people copy.
-        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=24 if number == 0 else len(column))
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
-    width = None if sys.stdout.isatty() else _FILE_WIDTH
-    Console(markup=False, highlight=False, width=width).print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Return a text of unknown origin in one line, without characters that would command the terminal."""
-    return _COMMANDS.sub("\ufffd", re.sub(r"[\t\n\r]", " ", text))
-
-
-_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, and those that turn the direction of writing."""
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
@@ -164,7 +113,7 @@ def print_comparison(comparison: Comparison) -> None:
 
     Below each mean stands the gain on the baseline.
     """
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     for category in comparison.categories:
         title = None if comparison.categories == [None] else category or "all prompts"
         table = Table("method", *comparison.figures, box=SIMPLE_HEAD, title=title, title_justify="left")

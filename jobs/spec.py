@@ -468,9 +468,7 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
 def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[MethodSettings], Any]]:
     """What each of a job's methods has to stand; each raises SettingsError."""
     return [
-        lambda method: (
-            method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps)
-        ),
+        lambda method: method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps),
         lambda method: geometry.check_blocks(method.blocks or ()),
         partial(_check_kind, kind),
     ]

@@ -62,7 +62,7 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
     """Return the lazy dataset whose consumption does the work."""
     arguments = {"job": job, "model_revision": model_revision}
     moved = [row for row in todo if row.motion_id is not None]
-    unmoved = [row for row in todo if row.motion_id is None]
+    unmoved = bank_by_bank([row for row in todo if row.motion_id is None])
     sources: list[Dataset] = []
     if unmoved:
         sources.append(_one_row_blocks([without_motion(row) for row in unmoved]))
@@ -82,6 +82,11 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
         fn_constructor_kwargs=arguments,
         **_actors(job.resources.generate, _GENERATE_GPU_SHARE),
     )
+
+
+def bank_by_bank(rows: list[WorkRow]) -> list[WorkRow]:
+    """Put all rows of a bank one after the other: an actor that has read it uses it for those that it gets."""
+    return sorted(rows, key=lambda row: row.bank.identity if row.bank else "")
 
 
 def _as_they_end(dataset: Dataset) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from ditflow.video import MAX_PIXELS_PER_FRAME
 from pipeline.faults import Policy
 from pipeline.store import Store, read_uri
 
+TAGS = "words without ';' and without spaces around them, of at most 100 characters"
 KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
 DEFAULT_FPS = 8.0
 """Frames per second of a video without a reference: what CogVideoX was trained on."""
@@ -84,10 +85,32 @@ class References:
 
 @dataclass(frozen=True)
 class Banks:
-    """Where the motion banks of a `reuse` job are."""
+    """Where the motion banks of a `reuse` job are, and which of them are used.
+
+    uri: a file, a folder with `glob`, a pattern, or a list of these. ids and where choose from one folder of banks, or
+    from the output of a `build-bank` job: ids names them, where is a condition in SQL on the columns of the catalogue
+    (`pipeline.catalogue`), such as "mean_displacement > 1 AND list_contains(tags, 'walk')".
+    """
 
     uri: str | tuple[str, ...] = ()
     glob: str = "*.safetensors"
+    ids: tuple[str, ...] = ()
+    where: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.chooses:
+            return
+        if self.ids and self.where is not None:
+            raise SettingsError("where", self.where, "nothing beside ids: put `AND id IN ('...')` into the condition")
+        if self.glob != Banks.glob:
+            raise SettingsError("glob", self.glob, "nothing beside ids or where: every bank below the folder is seen")
+        if len(self.uris) != 1:
+            raise SettingsError("uri", self.uri, "one folder of banks, for ids or where to choose from")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether banks are chosen by what the catalogue says of them."""
+        return bool(self.ids) or self.where is not None
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -162,15 +185,22 @@ class Cache:
 
 @dataclass(frozen=True)
 class Resources:
-    """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out)."""
+    """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out).
+
+    bank_bytes: motion banks that each actor of a `reuse` job keeps in memory, by the size of their files; the one that
+    was used last is always kept.
+    """
 
     extract: Pool = field(default_factory=Pool)
     generate: Pool = field(default_factory=Pool)
     evaluate: Pool = field(default_factory=Pool)
     threads: int | None = None
     cache: Cache = field(default_factory=Cache)
+    bank_bytes: int = 2 * 1024**3
 
     def __post_init__(self) -> None:
+        if self.bank_bytes < 0:
+            raise SettingsError("bank_bytes", self.bank_bytes, "bytes, 0 or more")
         if self.threads is not None and self.threads < 1:
             raise SettingsError("threads", self.threads, "at least 1, or null")
 
@@ -193,7 +223,7 @@ class Job:
     """One job. `method`, `methods` and `sampling` are resolved: nothing in them is None.
 
     methods: several methods to compare, by names of your own: every row is made with each of them. They take from
-    `method` what they leave out.
+    `method` what they leave out. tags: words of your own for the banks of a `build-bank` job; they decide no row's id.
     """
 
     kind: Literal["extract", "synthesize", "build-bank", "reuse", "evaluate"]
@@ -212,8 +242,13 @@ class Job:
     resources: Resources = field(default_factory=Resources)
     faults: Policy = field(default_factory=Policy)
     storage_options: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(map(is_tag, self.tags)):
+            raise SettingsError("tags", self.tags, TAGS)
+        if self.tags and self.kind != "build-bank":
+            raise SettingsError("tags", self.tags, f"none for kind {self.kind}: banks alone have tags")
         if not self.seeds or not all(-(2**63) <= seed < 2**63 for seed in self.seeds):
             raise SettingsError("seeds", self.seeds, "one or more whole numbers of 64 bits")
 
@@ -275,6 +310,11 @@ class Job:
             "video": settings["video"],
             "dtype": self.model.dtype,
         }
+
+
+def is_tag(text: str) -> bool:
+    """Whether a text can be a tag: see TAGS."""
+    return 0 < len(text) <= 100 and ";" not in text and text == text.strip()
 
 
 def content_id(**content: Any) -> str:

@@ -39,6 +39,8 @@ from pipeline.store import Store, StoreMissingError, list_uris, patiently, sha25
 
 FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
+BANK_INDEX_KEY = "banks/index.parquet"
+"""Made of the banks, and no output of a row: see `pipeline.catalogue`."""
 MERGED = "merged-"
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
@@ -206,7 +208,8 @@ class Manifest:
         ]
 
     def _output_sizes(self) -> dict[str, int]:
-        return {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
+        sizes = {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
+        return {key: size for key, size in sizes.items() if key != BANK_INDEX_KEY}
 
     def _keys_by_kind(self) -> tuple[list[str], list[str]]:
         """Return the keys of single rows' files, and those of merged ones."""

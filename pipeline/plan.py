@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import PurePosixPath
 
+from pipeline.catalogue import Catalogue, chosen_by_id, chosen_where
 from pipeline.job import JOBS_OWN, Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
 from pipeline.store import StoreMissingError, absolute_uri, fingerprint, list_uris, patiently, sha256_of
@@ -50,6 +52,8 @@ class WorkRow:
     """The prompt's class, for tables of results; it decides nothing."""
     seed: int | None = None
     own: OwnSettings = JOBS_OWN
+    tags: tuple[str, ...] = ()
+    """Of the bank that is made; they decide nothing."""
     motion_id: str | None = None
     """Id of the reference's extracted motion, shared by all rows of the reference."""
 
@@ -63,7 +67,7 @@ class WorkRow:
         values = json.loads(text)
         for name in ("reference", "bank"):
             values[name] = values[name] and Input(**values[name])
-        return cls(**{**values, "own": OwnSettings(**values["own"])})
+        return cls(**{**values, "own": OwnSettings(**values["own"]), "tags": tuple(values["tags"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class Combination:
     seed: int | None = None
     category: str | None = None
     own: OwnSettings = JOBS_OWN
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ class _Planner:
             category=made_of.category,
             seed=made_of.seed,
             own=made_of.own,
+            tags=tuple(dict.fromkeys((*self._job.tags, *made_of.tags))),
             motion_id=None if reuses else self._motion_id(made_of),
         )
 
@@ -190,19 +196,43 @@ def _combinations(job: Job) -> Iterator[Combination]:
 def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
     """What the rows of a table say: see `pipeline.tables.Pair`."""
     pairs = read_pairs(job, table)
-    uris = [_absolute(job, pair.source) for pair in pairs]
-    inputs = {source.uri: source for source in _hashed(job, set(uris))}
-    for pair, uri in zip(pairs, uris, strict=True):
-        seeds = job.seeds if pair.seed is None else (pair.seed,)
-        yield from (Combination(inputs[uri], pair.prompt, seed, pair.category, pair.own) for seed in seeds)
+    names = dict.fromkeys(pair.source for pair in pairs)
+    reuses, folders = job.kind == "reuse", job.references.uris
+    uris = _bank_uris(job, names) if reuses else {name: _absolute(folders, name) for name in names}
+    inputs = {source.uri: source for source in _hashed(job, set(uris.values()))}
+    for pair in pairs:
+        seeds, source = job.seeds if pair.seed is None else (pair.seed,), inputs[uris[pair.source]]
+        yield from (Combination(source, pair.prompt, seed, pair.category, pair.own, pair.tags) for seed in seeds)
 
 
-def _absolute(job: Job, name: str) -> str:
+def _absolute(folders: Sequence[str], name: str) -> str:
     """A table may name files relative to the folder of the references or banks."""
-    folders = job.banks.uris if job.kind == "reuse" else job.references.uris
     if "://" in name or name.startswith("/") or len(folders) != 1:
         return absolute_uri(name)
     return absolute_uri(f"{folders[0].rstrip('/')}/{name}")
+
+
+def _bank_uris(job: Job, names: Iterable[str]) -> dict[str, str]:
+    """Where the banks of a table are, by what it calls them: files by the ending of `banks.glob`, or by their ids."""
+    if job.banks.chooses:
+        raise PlanError("banks: a table of pairs names the banks itself: remove ids and where, or pairing")
+    names, ending = list(names), PurePosixPath(job.banks.glob).suffix
+    uris = {name: _absolute(job.banks.uris, name) for name in names if name.endswith(ending)}
+    ids = [name for name in names if name not in uris]
+    if not ids:
+        return uris
+    if len(job.banks.uris) != 1:
+        raise PlanError(f"pairing: the bank {ids[0]!r:.200} is no *{ending}: an id needs one folder of banks.uri")
+    return uris | dict(zip(ids, _bank_uris_by_id(job, ids, "pairing"), strict=True))
+
+
+def _bank_uris_by_id(job: Job, ids: Sequence[str], key: str) -> list[str]:
+    catalogue = _catalogue(job)
+    return [catalogue.store.uri_of(bank) for bank in chosen_by_id(catalogue.read(), ids, key)["key"].to_pylist()]
+
+
+def _catalogue(job: Job) -> Catalogue:
+    return Catalogue.at(job.banks.uris[0], job.storage_options, job.faults.storage_patience_s)
 
 
 def _sources(job: Job) -> Sequence[Input | None]:
@@ -214,6 +244,8 @@ def _sources(job: Job) -> Sequence[Input | None]:
     if not inputs.uris:
         key = "banks" if job.kind == "reuse" else "references"
         raise PlanError(f"{key}.uri: nothing is given: expected a file, a folder, a pattern or a list of these")
+    if job.kind == "reuse" and job.banks.chooses:
+        return _hashed(job, _chosen_banks(job))
     uris: dict[str, None] = {}
     for uri in inputs.uris:
         try:
@@ -224,6 +256,15 @@ def _sources(job: Job) -> Sequence[Input | None]:
                 raise
             uris[absolute_uri(uri)] = None
     return _hashed(job, uris)
+
+
+def _chosen_banks(job: Job) -> list[str]:
+    """The banks that `ids` or `where` choose."""
+    if job.banks.where is None:
+        return _bank_uris_by_id(job, job.banks.ids, "banks.ids")
+    catalogue = _catalogue(job)
+    rows = chosen_where(catalogue.read(), job.banks.where, "banks.where")
+    return [catalogue.store.uri_of(bank) for bank in rows["key"].to_pylist()]
 
 
 def _prompts(job: Job) -> list[tuple[str, str | None]]:

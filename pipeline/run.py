@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
+from pipeline.catalogue import Catalogue
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
@@ -132,6 +133,10 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
         tally.count(row["status"])
         on_row(row)
         limits.check(row)
+    if job.kind == "build-bank":
+        # Any other trouble is told by `ditflow bank list`, which makes the index as well.
+        with suppress(StoreError):
+            Catalogue.at(job.output.uri, job.storage_options, job.faults.storage_patience_s).refresh()
     return tally
 
 

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -343,6 +344,14 @@ class Stored:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of an object: its size, and when it was written, if the storage tells."""
+
+    bytes: int
+    written: datetime | None
+
+
 class Store:
     """A root folder, local (`file://` or a plain path) or on S3 (`s3://bucket/folder`), addressed by keys.
 
@@ -377,6 +386,17 @@ class Store:
         return read_uri(self.uri_of(key), self.storage_options, self.patience_s)
 
     @_patient
+    def read_start(self, key: str, count: int) -> bytes:
+        """Return the object's first bytes, `count` or as many as there are, in one request.
+
+        For an object that is not empty: servers have no range of nothing. Raises as `read` does.
+        """
+        uri = self.uri_of(key)
+        with _translating("read", uri):
+            fs, path = self._at(key)
+            return fs.cat_file(path, start=0, end=count)
+
+    @_patient
     def exists(self, key: str) -> bool:
         """Return whether `key` is an object (a folder is none)."""
         uri = self.uri_of(key)
@@ -384,12 +404,16 @@ class Store:
             fs, path = self._at(key)
             return _kind(fs, path) == "file"
 
-    @_patient
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the size in bytes of every object below the folder `prefix`, at any depth, sorted by key.
 
         A folder that does not exist has no objects. Unfinished temporary files are not listed.
         """
+        return {key: entry.bytes for key, entry in self.entries(prefix).items()}
+
+    @_patient
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
+        """Return what the storage's listing says of every object below `prefix`; see `sizes`."""
         folder = prefix.rstrip("/")
         uri = self.uri_of(folder) if folder else self.uri
         with _translating("list", uri):
@@ -683,20 +707,27 @@ def _kind(fs: Any, path: str) -> str | None:
     return "directory" if followed else "file"
 
 
-def _files_below(fs: Any, folder: str) -> dict[str, int]:
-    """Return the size in bytes of every file below `folder` by its path relative to it; unsorted."""
+def _files_below(fs: Any, folder: str) -> dict[str, Entry]:
+    """Return size and time of every file below `folder` by its path relative to it; unsorted."""
     if fs.protocol == ("file", "local"):
         return dict(_walk_local(folder))
     lead = folder.rstrip("/") + "/"
     found = fs.find(folder, detail=True)
     return {
-        name[len(lead) :]: info["size"]
+        name[len(lead) :]: Entry(info["size"], _written(info))
         for name, info in found.items()
         if name.startswith(lead) and not name.endswith("/") and info["type"] == "file"
     }
 
 
-def _walk_local(folder: str) -> Iterator[tuple[str, int]]:
+def _written(info: Mapping[str, Any]) -> datetime | None:
+    """Return when a file was written, as file systems tell in their own ways."""
+    times = (info.get(name) for name in ("LastModified", "last_modified", "mtime", "updated"))
+    time_ = next((value for value in times if isinstance(value, datetime)), None)
+    return time_ and (time_ if time_.tzinfo else time_.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+def _walk_local(folder: str) -> Iterator[tuple[str, Entry]]:
     # Not fsspec's find(): when a file vanishes between listing and stat (a writer's temporary file), it drops
     # the whole folder from the answer without a word.
     for parent, folders, names in os.walk(folder, onerror=_raise_unless_missing, followlinks=True):
@@ -705,7 +736,11 @@ def _walk_local(folder: str) -> Iterator[tuple[str, int]]:
             path = os.path.join(parent, name)
             if not name.startswith(TEMPORARY_PREFIX):
                 with suppress(FileNotFoundError):
-                    yield os.path.relpath(path, folder), os.stat(path).st_size
+                    found = os.stat(path)
+                    yield (
+                        os.path.relpath(path, folder),
+                        Entry(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)),
+                    )
 
 
 def _raise_unless_missing(error: OSError) -> None:

@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from pipeline.job import JOBS_OWN, Job, OwnSettings, Table
+from pipeline.job import JOBS_OWN, TAGS, Job, OwnSettings, Table, is_tag
 
 
 class PlanError(ValueError):
@@ -23,10 +23,12 @@ class PlanError(ValueError):
 class Pair:
     """A row of a table of pairs. Its columns:
 
-    reference (or bank): a file, relative to the folder of the references (or banks). prompt: what the video shows.
+    reference: a file, relative to the folder of the references. bank, in its place in a `reuse` job: a file in the
+    same way, or the id of a bank. prompt: what the video shows.
     seed: if it varies. category: the prompt's class. start, stop, step: the reference's frames start, start + step,
     ... below stop, as in Python's range; as many of them as the job's videos are long. learn_with: see
-    `MethodSettings`. A column may be missing, and a value may be empty, where the job says the same for all rows.
+    `MethodSettings`. tags: more tags of the bank that is made, with ";" between them. A column may be missing, and a
+    value may be empty, where the job says the same for all rows.
     """
 
     source: str
@@ -34,6 +36,7 @@ class Pair:
     seed: int | None = None
     category: str | None = None
     own: OwnSettings = JOBS_OWN
+    tags: tuple[str, ...] = ()
 
 
 _FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")
@@ -60,7 +63,17 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "stop": _whole(1),
     "step": _whole(1),
     "learn_with": _TEXT_OR_NONE,
+    "tags": (f"{TAGS}, with ';' between them", lambda value: value is None or _are_tags(value)),
 }
+
+
+def _are_tags(value: Any) -> bool:
+    return isinstance(value, str) and all(map(is_tag, _tags(value)))
+
+
+def _tags(value: str | None) -> tuple[str, ...]:
+    """The words of a column `tags`; spaces around them and empty ones do not count."""
+    return tuple(filter(None, (word.strip() for word in (value or "").split(";"))))
 
 
 def read_pairs(job: Job, table: Table) -> list[Pair]:
@@ -84,7 +97,7 @@ def _pair(job: Job, row: Mapping[str, Any], checks: Mapping[str, Any], where: st
     }
     _check_frames(job, numbers, where)
     own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with") or None)
-    return Pair(source, str(prompt), numbers["seed"], row.get("category") or None, own)
+    return Pair(source, str(prompt), numbers["seed"], row.get("category") or None, own, _tags(row.get("tags")))
 
 
 def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,10 @@ from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
 from pipeline.job import DEFAULT_FPS, Job
-from pipeline.plan import Input, WorkRow
+from pipeline.plan import WorkRow
 from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
-from pipeline.stages.read import Row, read_unchanged
+from pipeline.stages.banks import RecentBanks
+from pipeline.stages.read import Row
 from pipeline.stages.worker import Worker
 from pipeline.store import Stored
 
@@ -36,7 +38,7 @@ class FinishRow:
         self._job, self._revision = job, model_revision
         self._desk = Desk(job)
         self._motion = lru_cache(maxsize=2)(self._read_motion)
-        self._bank = lru_cache(maxsize=2)(self._read_bank)
+        self._banks = RecentBanks(job)
         self._makers: dict[str, Callable[[WorkRow, Row], Columns]] = {
             "extract": self._take_motion,
             "synthesize": self._synthesize,
@@ -71,6 +73,8 @@ class FinishRow:
                 **self._identity(work, row),
                 **(outcome.result or {}),
                 **_ending(outcome),
+                "bank_loads": self._banks.take_loads() if work.bank else None,
+                "process": os.getpid(),
                 "started_at": started_at,
                 "finished_at": datetime.now(UTC),
                 "seconds_total": time.perf_counter() - started,
@@ -133,10 +137,11 @@ class FinishRow:
             "fps": fps,
             "reference_uri": work.reference.uri,
             "reference_sha256": work.reference.sha256,
+            "reference_fps": reference.fps,
             "seed": work.seed,
         }
-        whole = replace(result.bank, header=replace(result.bank.header, provenance=provenance))
-        bank = whole.compacted(self._job.output.bank_error)
+        header = replace(result.bank.header, provenance=provenance, tags=work.tags)
+        bank = replace(result.bank, header=header).compacted(self._job.output.bank_error)
         writing = time.perf_counter()
         stored = self._desk.store.put(self._job.key("banks", f"{work.row_id}.safetensors"), bank.to_bytes())
         timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}
@@ -146,7 +151,7 @@ class FinishRow:
         """What moves the new video, the video's size, and its frames per second."""
         size, own_fps = self._job.references.size, self._job.output.fps
         if work.bank is not None:
-            bank = self._bank(work.bank)
+            bank = self._banks.get(work.bank)
             frames, height, width = bank.header.provenance["size"]
             return bank, (frames, height, width), own_fps or bank.header.provenance.get("fps") or DEFAULT_FPS
         if work.motion_id is None:
@@ -163,9 +168,6 @@ class FinishRow:
 
     def _read_motion(self, uri: str) -> MotionReference:
         return MotionReference.from_bytes(self._job.read(uri), uri)
-
-    def _read_bank(self, bank: Input) -> MotionBank:
-        return MotionBank.from_bytes(read_unchanged(bank, self._job), bank.uri)
 
     # ------------------------------------------------------------------ what is recorded
 

@@ -770,12 +770,12 @@ def banks(made, tmp_path) -> Path:
 def test_bank_list_tells_size_model_and_losses_of_every_bank(banks, made):
     (row,) = lines_of(ditflow("bank", "list", banks, "--json"))
     file = banks / "banks" / "0a1b.safetensors"
-    assert (row["bank_id"], row["bytes"], row["model"]) == ("0a1b", file.stat().st_size, made.model)
-    assert (row["prompt"], row["reference"], row["grid"]) == (PROMPT, "file:///refs/clip.mp4", "3x4x6")
+    assert (row["id"], row["bytes"], row["model"]) == ("0a1b", file.stat().st_size, made.model)
+    assert (row["prompt"], row["reference_uri"], row["grid"]) == (PROMPT, "file:///refs/clip.mp4", "3x4x6")
     assert row["loss_first"] > 0
     shown = ditflow("bank", "list", banks)
     assert "0a1b" in shown.stdout
-    assert shown.stderr == ""
+    assert shown.stderr == "1 of 1 banks\n"
 
 
 def test_bank_show_prints_the_whole_header_as_json(banks, made):

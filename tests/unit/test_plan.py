@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from handmade import handmade_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.plan
 from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, SamplingSettings, SettingsError
 from pipeline.faults import Policy
+from pipeline.graph import bank_by_bank
 from pipeline.job import Banks, Job, Output, Pool, References, Resources, Table
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, PlanError, WorkRow, make_plan
@@ -168,6 +170,123 @@ def test_a_table_for_reuse_names_banks(local_job, local_store):
     pairs = write_table(local_store, "pairs.csv", {"bank": ["m.safetensors"], "prompt": ["a ball"]})
     reuse = replace(local_job, kind="reuse", banks=Banks(banks), pairing=Table(pairs), seeds=(1,))
     assert contents(reuse) == [("m.safetensors", "a ball", 1)]
+
+
+@pytest.fixture
+def reuse(local_job, tmp_path) -> Job:
+    """A job that reuses three banks, of which two are tagged."""
+    banks = {
+        "left": {"move": (-1, 0), "tags": ("pan",)},
+        "right": {"move": (1, 0), "tags": ("pan",)},
+        "up": {"move": (0, -1)},
+    }
+    files = {f"{name}.safetensors": handmade_bank(**changes).to_bytes() for name, changes in banks.items()}
+    uri = put(Store(str(tmp_path / "banks")), files)
+    return replace(local_job, kind="reuse", banks=Banks(uri), prompts=("a ball",), seeds=(1,))
+
+
+def banks_of(job: Job) -> list[str]:
+    return [row.bank.uri.rsplit("/", 1)[-1].removesuffix(".safetensors") for row in plan(job).todo]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        ({}, ["left", "right", "up"]),
+        ({"ids": ("up", "left")}, ["up", "left"]),
+        ({"where": "list_contains(tags, 'pan') AND direction = 0"}, ["right"]),
+        ({"where": "true"}, ["left", "right", "up"]),
+    ],
+    ids=["all", "by id", "by a condition", "by a condition that is true of all"],
+)
+def test_banks_are_chosen_by_id_or_by_a_condition_on_their_catalogue(reuse, chosen, names):
+    job = replace(reuse, banks=replace(reuse.banks, **chosen))
+    assert banks_of(job) == names
+    assert set(ids(job)) <= set(ids(reuse)), "a row has the id that it has in a job over all banks"
+    assert not (Path(str(reuse.banks.uri).removeprefix("file://")) / "index.parquet").exists(), "an input is left alone"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"ids": ("left", "lefd")}, "^banks.ids: lefd is none of the 3 banks there: left, right, up$"),
+        (
+            {"where": "mean_displacement > 9"},
+            "^banks.where: 'mean_displacement > 9' chooses none of the 3 banks there: left",
+        ),
+        (
+            {"where": "speed > 9"},
+            '^banks.where: .*"speed" not found.*expression over the columns id, key, reference_uri',
+        ),
+        ({"where": "true; DROP TABLE rows"}, "^banks.where: .* is not valid"),
+        ({"where": ""}, "^banks.where: .* is not valid"),
+    ],
+)
+def test_a_choice_of_banks_that_is_none_is_refused_with_what_there_is(reuse, chosen, said):
+    with pytest.raises(ValueError, match=said):
+        plan(replace(reuse, banks=replace(reuse.banks, **chosen)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "key"),
+    [
+        ({"ids": ("a",), "where": "true"}, "where"),
+        ({"uri": ("one", "two"), "ids": ("a",)}, "uri"),
+        ({"uri": "banks", "where": "true", "glob": "*.bank"}, "glob"),
+    ],
+)
+def test_a_choice_that_contradicts_itself_is_refused(chosen, key):
+    with pytest.raises(SettingsError) as caught:
+        Banks(**{"uri": "banks", **chosen})
+    assert caught.value.key == key
+
+
+def test_a_table_names_banks_by_id_or_by_file(reuse, local_store):
+    absolute = f"{reuse.banks.uri}/right.safetensors"
+    columns = {"bank": ["up", "left.safetensors", absolute, "up"], "prompt": ["a", "b", "c", "d"]}
+    job = replace(reuse, pairing=Table(write_table(local_store, "pairs.csv", columns)))
+    assert banks_of(job) == ["up", "left", "right", "up"]
+    unknown = write_table(local_store, "more.csv", {"bank": ["down"], "prompt": ["a"]})
+    with pytest.raises(ValueError, match="^pairing: down is none of the 3 banks there: left, right, up$"):
+        plan(replace(reuse, pairing=Table(unknown)))
+    with pytest.raises(PlanError, match="a table of pairs names the banks itself: remove ids and where"):
+        plan(replace(job, banks=replace(job.banks, ids=("up",))))
+
+
+def test_an_exported_folder_and_a_job_s_output_may_be_chosen_from(reuse, tmp_path):
+    store = Store(str(tmp_path / "job"))
+    store.put("banks/ab/abcd.safetensors", handmade_bank().to_bytes())
+    job = replace(reuse, banks=Banks(store.uri, ids=("abcd",)))
+    assert [row.bank.uri for row in plan(job).todo] == [store.uri_of("banks/ab/abcd.safetensors")]
+
+
+def test_a_bank_s_rows_come_one_after_the_other(reuse, local_store):
+    columns = {"bank": ["up", "left", "right"] * 3, "prompt": list("abcdefghi")}
+    job = replace(reuse, pairing=Table(write_table(local_store, "pairs.csv", columns)))
+    in_order = [row.bank.uri for row in bank_by_bank(plan(job).todo)]
+    assert [len(list(rows)) for _, rows in groupby(in_order)] == [3, 3, 3]
+
+
+def test_tags_reach_the_rows_and_decide_no_id(local_job, local_store):
+    tagged = replace(local_job, kind="build-bank", tags=("walk", "outdoors"))
+    assert ids(tagged) == ids(replace(tagged, tags=()))
+    assert {row.tags for row in plan(tagged).todo} == {("walk", "outdoors")}
+    columns = {"reference": ["a.mp4", "b.mp4"], "prompt": ["x", "y"], "tags": ["slow; walk;", None]}
+    job = replace(tagged, pairing=Table(write_table(local_store, "pairs.csv", columns)), seeds=(1,))
+    rows = plan(job).todo
+    assert [row.tags for row in rows] == [("walk", "outdoors", "slow"), ("walk", "outdoors")]
+    assert WorkRow.from_json(rows[0].to_json()) == rows[0]
+
+
+@pytest.mark.parametrize("tags", [("a;b",), ("",), (" a",), (101 * "x",)])
+def test_a_tag_that_is_none_is_refused(local_job, tags):
+    with pytest.raises(SettingsError, match="tags: .*expected words without ';'"):
+        replace(local_job, kind="build-bank", tags=tags)
+
+
+def test_tags_belong_to_banks(local_job):
+    with pytest.raises(SettingsError, match="tags: .*none for kind synthesize"):
+        replace(local_job, tags=("walk",))
 
 
 def test_tables_and_relative_names_work_on_s3(s3_store):

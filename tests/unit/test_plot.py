@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from ditflow import plot
-from ditflow.plot import PlotError, contact_sheet, flow_colours, plot_flow, plot_losses, shown_frame
+from ditflow.plot import (
+    PlotError,
+    contact_sheet,
+    flow_colours,
+    plot_consecutive_flow,
+    plot_flow,
+    plot_losses,
+    shown_frame,
+)
 
 GRID = (3, 8, 8)
 SIDE = 290
@@ -108,6 +116,30 @@ def test_the_picture_is_the_reference_s_frame_dimmed(tmp_path):
     assert brightness[0] == 0
     assert brightness[1] == pytest.approx(4 * 30 / 2, abs=2)  # frame 4 of 0..8 is the middle one of three
     assert panel(picture, 0, 1)[66:80, 211:225].max() == 0
+
+
+def test_a_flow_of_consecutive_frames_has_a_panel_for_each_pair_six_in_a_row(tmp_path):
+    """Patch (3, 0) moves 7 patches to the right, from one frame to the next alone."""
+    grid = (9, 8, 8)
+    for pair, cell in {0: (0, 0), 5: (0, 5), 6: (1, 0), 7: (1, 1)}.items():
+        flow = np.zeros((8, 64, 2), np.int8)
+        flow[pair, 3 * 8] = (7, 0)
+        plot_consecutive_flow(flow, grid, (64, 64), tmp_path / "a.png")
+        picture = load(tmp_path / "a.png")
+        cells = [(row, column) for row in range(2) for column in range(6)]
+        assert {cell for cell in cells if is_red(panel(picture, *cell)).sum() > 50} == {cell}
+        rows, columns = np.nonzero(is_red(panel(picture, *cell)))
+        assert rows.mean() == pytest.approx(SIDE * 3.5 / 8, abs=1.5)
+        assert columns.max() == pytest.approx(SIDE * 7.5 / 8, abs=2.5)
+
+
+@pytest.mark.parametrize(
+    "flow", [np.zeros((2, 64, 2)), np.zeros((3, 64, 2), np.int8), np.zeros((2, 63, 2), np.int8)],
+    ids=["no whole patches", "a pair too many", "another grid"],
+)  # fmt: skip
+def test_a_flow_of_consecutive_frames_that_does_not_fit_its_grid_is_refused(tmp_path, flow):
+    with pytest.raises(PlotError, match=r"expected integers \[2, 64, 2\] for a 3x8x8 grid"):
+        plot_consecutive_flow(flow, GRID, (64, 64), tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
