@@ -106,7 +106,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3, 4],
         "learning_rate": [0.08, 0.04],
         "variables": {"position": {"learning_rate": [0.002, 0.001]}},
-        "lasting": {"coordinates": {"guided_steps": 7}, "position": {"guided_steps": 7}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -119,7 +118,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3],
         "learning_rate": [0.02, 0.01],
         "variables": {"position": {"learning_rate": [0.01, 0.005]}},
-        "lasting": {"coordinates": {"guided_steps": 7}, "position": {"guided_steps": 7}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
