@@ -43,10 +43,7 @@ def read_artifact(kind: str, version: int, data: bytes, name: str) -> tuple[dict
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(
-            f"{name} is not a safetensors file ({error}). It is damaged, cut off, or of another format; pickles are "
-            "never read."
-        ) from error
+        raise ArtifactError(_no_safetensors(name, f" ({error})")) from error
     header = _checked_header(kind, version, data, name)
     _check_hash(data, _OF_TENSORS, sha256(memoryview(data)[header_end(data) :]).hexdigest(), name)
     return header, tensors
@@ -58,6 +55,8 @@ def read_artifact_header(kind: str, version: int, start: bytes, size: int, name:
     `start` has at least `header_end(start)` bytes. What the tensors hold is not looked at.
     """
     _check_length(start, name)
+    if not 8 < header_end(start) <= len(start) or start[8:9] != b"{":
+        raise ArtifactError(_no_safetensors(name))
     header = _checked_header(kind, version, start, name)
     ends = re.findall(rb'"data_offsets": ?\[\d+, ?(\d+)\]', start[8 : header_end(start)])
     expected = header_end(start) + max(map(int, ends), default=0)
@@ -76,6 +75,11 @@ def sealed(data: bytes) -> bytes:
     header, tensors = data[: header_end(data)], memoryview(data)[header_end(data) :]
     header = _with_hash(_with_hash(header, _OF_TENSORS, sha256(tensors).hexdigest()), _OF_HEADER, _UNSET)
     return b"".join([_with_hash(header, _OF_HEADER, sha256(header).hexdigest()), tensors])
+
+
+def _no_safetensors(name: str, reason: str = "") -> str:
+    why = "It is damaged, cut off, or of another format; pickles are never read."
+    return f"{name} is not a safetensors file{reason}. {why}"
 
 
 def _check_length(data: bytes, name: str) -> None:

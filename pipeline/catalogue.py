@@ -166,7 +166,8 @@ def _row_of(key: str, entry: Entry, header: BankHeader) -> dict[str, Any]:
 
     provenance, motion, speed = header.provenance, header.motion, None
     frames, height, width = provenance.get("size") or (None, None, None)
-    if motion and frames and (rate := provenance.get("reference_fps")):
+    rate = provenance.get("reference_fps")
+    if motion and frames and height and width and rate:
         size = (frames, height, width)
         speed = pixels_per_second(float(motion.mean_displacement), header.grid, size, float(rate))
     losses = [loss for step in header.losses for loss in step]
