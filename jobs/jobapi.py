@@ -6,6 +6,7 @@ The job runs on the cluster: whoever follows it may go, and come back with its i
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def connect(address: str | None) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise LaunchError(f"Ray's job API is not installed ({error}): pip install 'ditflow[cluster]'") from error
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -107,7 +109,8 @@ class _Log:
 
 def _exit_status(info: Any, job_id: str, say: Callable[[str], None]) -> int:
     """Return that of `ditflow run` on the cluster, or that of an error if it has none."""
-    say(f"{job_id}: {info.status.value}. {info.message or ''}".rstrip())
+    message = (info.message or "").split(", last available logs")[0]  # which were shown
+    say(f"{job_id}: {info.status.value}. {message}".rstrip())
     if info.status.value == "SUCCEEDED":
         return 0
     return info.driver_exit_code or _STOPPED

@@ -12,7 +12,7 @@ from pipeline.measurements import Measurements
 from pipeline.plan import make_plan
 
 SMALL = ["model.path=mini", "references.frames=9", "references.height=32", "references.width=32"]
-SMALL += ["references.stride=2", "sampling.steps=3"]
+SMALL += ["references.stride=2", "sampling.steps=3", "method.guided_steps=2", "method.iterations=2"]
 
 
 @pytest.fixture
@@ -56,10 +56,8 @@ def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_i
 
 
 def test_a_library_of_motions_is_built_and_reused_by_the_presets(cluster, clips, tmp_path):
-    built = made_small(
-        "bank-construction", tmp_path, f"references.uri={clips}", f"output.uri={tmp_path / 'built'}",
-        "method.guided_steps=2", "method.iterations=2",
-    )  # fmt: skip
+    places = (f"references.uri={clips}", f"output.uri={tmp_path / 'built'}")
+    built = made_small("bank-construction", tmp_path, *places)
     assert run(built)[1].ok == 2
     reused = made_small(
         "bank-reuse", tmp_path, f"banks.uri={tmp_path / 'built/banks'}", f"output.uri={tmp_path / 'new'}"
