@@ -59,6 +59,15 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> ReadySpec:
     return _resolve(_validate(values, lines), lines)
 
 
+def read_saved(text: str, name: str) -> Job:
+    """Return the job that a resolved spec, saved beside outputs, tells of. Its model and output are not looked at.
+
+    Raises SpecError for a text that is no job of this release.
+    """
+    document = _document(text, name)
+    return _validate(_mapping(document, name), _Lines(document, name))
+
+
 def check_output(job: Job) -> None:
     """Raise SpecError unless the job's output can be written to."""
     try:
