@@ -148,7 +148,10 @@ def compare_rows(
     measured: Mapping[str, Mapping[str, float | None]],
     baseline: str | None = None,
 ) -> Comparison:
-    """Compare methods by their finished rows, of which `COLUMNS` are known, and by {row_id: {figure: value or None}}."""
+    """Compare methods by their finished rows, of which `COLUMNS` are known, as `compare` does.
+
+    measured: {row_id: {figure: value or None}}.
+    """
     rows = [row for row in rows if row["row_id"] in measured]
     if not rows:
         raise ComparisonError("no row is measured with these settings: expected a finished job with videos")

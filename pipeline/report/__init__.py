@@ -10,9 +10,8 @@ written stays whole. Data are scripts that call a function, because browsers let
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -22,9 +21,9 @@ import jinja2
 from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.report.clips import ReferenceClips
-from pipeline.report.folder import FOLDER, INDEX, ReportFolder, script
+from pipeline.report.folder import FOLDER, INDEX, ReportFolder, plain, script
 from pipeline.report.motions import write_motions
-from pipeline.report.rows import ROWS_PER_FILE, Rows, named_rows
+from pipeline.report.rows import ROWS_PER_FILE, Rows
 from pipeline.report.summary import newest_figures, summarise
 
 SCRIPTS = ("data.js", "view.js", "charts.js", "arrows.js", "player.js", "card.js", "main.js")
@@ -59,7 +58,7 @@ def write_report(job: Job, references: bool, on_step: Callable[[str], None] = la
     Raises ReportError for a job without a finished row, ManifestError and StoreError.
     """
     store = job.store()
-    rows = Rows.of(named_rows(Manifest(store).read()))
+    rows = Rows.of(Manifest(store).read())
     if not rows.table.num_rows:
         raise ReportError(f"{store.uri}: no row has ended yet, so there is nothing to show. Run the job first.")
     folder = ReportFolder(store)
@@ -69,14 +68,16 @@ def write_report(job: Job, references: bool, on_step: Callable[[str], None] = la
     motions = write_motions(folder, rows.motions())
     figures = newest_figures(store)
     names = [folder.add("data", "rows", "js", script("page", n, page)) for n, page in enumerate(rows.pages())]
-    index = {
-        **rows.index(figures),
-        "summary": summarise(rows.table, rows.names, figures),
-        "pages": names,
-        "rowsPerPage": ROWS_PER_FILE,
-        "references": notes,
-        "motions": motions,
-    }
+    index = plain(
+        {
+            **rows.index(figures),
+            "summary": summarise(rows.table, rows.names, figures),
+            "pages": names,
+            "rowsPerPage": ROWS_PER_FILE,
+            "references": notes,
+            "motions": motions,
+        }
+    )
     _write_page(folder, index, folder.add("data", "index", "js", script("index", index)))
     return Report(store.uri_of(INDEX), rows.table.num_rows, *folder.tidy(), {i: n for i, n in notes.items() if n})
 
@@ -98,11 +99,6 @@ def _page_file(name: str) -> bytes:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_page_file("index.html").decode())
-
-
-def told(report: Report) -> str:
-    """Return the report as one line of JSON."""
-    return json.dumps(asdict(report))
 
 
 __all__ = ["FOLDER", "Report", "ReportError", "write_report"]

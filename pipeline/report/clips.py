@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from ditflow.video import VideoError, encode_video
+from ditflow.video import encode_video
 from pipeline.job import Job, References
 from pipeline.report.folder import ReportFolder
 from pipeline.report.rows import UsedReference
@@ -42,7 +42,7 @@ class ReferenceClips:
         try:
             clip = read_clip(reference.source, settings, self._job)
             video = encode_video(clip.frames, clip.fps)
-        except (VideoError, ChangedInputError, StoreError, OSError) as error:
+        except (ValueError, ChangedInputError, StoreError, OSError) as error:  # VideoErrors, and names that are none
             self._lose_patience(error)
             return redact(f"The reference cannot be shown: {error}")
         self._folder.put(name, video)

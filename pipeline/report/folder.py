@@ -59,23 +59,23 @@ class ReportFolder:
 def script(function: str, *values: Any) -> bytes:
     """Return a script that hands values to the page.
 
-    It is ASCII, and has no character that could end a script or open a tag, wherever it is put. Texts are shown
-    without credentials; numbers that JSON does not know become null.
+    It is ASCII, and has no character that could end a script or open a tag, wherever it is put.
     """
-    texts = [json.dumps(_plain(value), separators=(",", ":"), allow_nan=False) for value in values]
+    texts = [json.dumps(plain(value), separators=(",", ":"), allow_nan=False) for value in values]
     code = f"ditflowReport.{function}({','.join(texts)});\n"
     return code.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").encode("ascii")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as a page may have it: texts without credentials, numbers short, null for those that are none."""
     if isinstance(value, str):
         return _shown(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {_shown(str(key)): _plain(item) for key, item in value.items()}
+        return {_shown(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

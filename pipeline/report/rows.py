@@ -1,6 +1,6 @@
-"""The rows of a manifest as the page takes them in: a small index of all, and all that is known in files of some hundred.
+"""The rows of a manifest as the page takes them in: a small index of all, and everything in files of some hundred.
 
-A row's file does not change when later rows end or are measured: they come behind it, and measurements are in the index.
+A row's file does not change when later rows end or are measured: they come behind it, and figures are in the index.
 """
 
 from __future__ import annotations
@@ -40,18 +40,37 @@ class UsedReference:
         return content_id(sha256=self.source.sha256, video=self.video)
 
 
+class Codes:
+    """Numbers values in the order in which they come: texts that repeat are written once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+
+    def __call__(self, value: Any) -> int:
+        """Return the number of a value."""
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    @property
+    def values(self) -> list[Any]:
+        """The values, in the order of their numbers."""
+        return list(self._numbers)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A manifest's rows in the order in which they ended. names: the method of each, by row id."""
 
     table: Any
     names: Mapping[str, str]
-    _settings: _Coded = field(default_factory=lambda: _Coded())
+    _settings: Codes = field(default_factory=Codes, repr=False)
 
     @classmethod
-    def of(cls, named: tuple[Any, Mapping[str, str]]) -> Rows:
-        """Return the rows of a manifest and their names."""
-        return cls(*named)
+    def of(cls, manifest: Any) -> Rows:
+        """Return the rows of a manifest's table."""
+        table = manifest.sort_by([("finished_at", "ascending"), ("row_id", "ascending")])
+        columns = ["row_id", "variant", "method", "model_revision", "spec_json", "started_at"]
+        names, _ = method_names(table.select(columns).to_pylist())
+        return cls(table, names)
 
     @cached_property
     def _narrow(self) -> list[dict[str, Any]]:
@@ -76,7 +95,7 @@ class Rows:
     def index(self, figures: Figures) -> dict[str, Any]:
         """Return what is needed of every row to find and to sort it, column by column; call it after `pages`."""
         newest = self._narrow[-1]
-        codes = {name: _Coded() for name in ("variant", "category", "prompt", "reference", "pair")}
+        codes = {name: Codes() for name in ("variant", "category", "prompt", "reference", "pair")}
         of_row: dict[str, Callable[[dict[str, Any]], Any]] = {
             "id": lambda row: row["row_id"],
             "status": lambda row: STATUSES.index(row["status"]),
@@ -134,28 +153,6 @@ class Rows:
         }
 
 
-class _Coded:
-    """Numbers values in the order in which they come: texts that repeat are written once."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def __call__(self, value: Any) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    @property
-    def values(self) -> list[Any]:
-        return list(self._numbers)
-
-
-def named_rows(table: Any) -> tuple[Any, Mapping[str, str]]:
-    """Return a manifest in the order in which its rows ended, and the name of each row's method."""
-    table = table.sort_by([("finished_at", "ascending"), ("row_id", "ascending")])
-    columns = ["row_id", "variant", "method", "model_revision", "spec_json", "started_at"]
-    names, _ = method_names(table.select(columns).to_pylist())
-    return table, names
-
-
 def used_reference(row: Mapping[str, Any]) -> UsedReference | None:
     """Return the frames of a reference that a row used, or None for a row without one."""
     video = json.loads(row["spec_json"])["video"] if row["spec_json"] else None
@@ -194,5 +191,3 @@ def _relative(uri: str | None) -> str | None:
 
 def _name(uri: str | None) -> str | None:
     return None if uri is None else PurePosixPath(uri).name
-
-

@@ -78,10 +78,8 @@ def summarise(table: Any, names: Mapping[str, str], figures: Figures) -> dict[st
 def _compared(table: Any, figures: Figures) -> list[dict[str, Any]]:
     """Return mean and interval of every figure, method and class of prompts."""
     rows = [row for row in table.select(list(COLUMNS)).to_pylist() if row["status"] == "ok"]
-    known = {name: {figure: its[figure] for figure in its if figure in figures.settings}
-             for name, its in figures.values.items()}  # fmt: skip
     try:
-        return [asdict(entry) for entry in compare_rows(rows, known).entries]
+        return [asdict(entry) for entry in compare_rows(rows, figures.values).entries]
     except ComparisonError:
         return []
 
@@ -95,7 +93,7 @@ def _seconds(table: Any, rows: np.ndarray) -> list[float]:
 def _spread_of_losses(table: Any, rows: np.ndarray) -> dict[str, Any] | None:
     """Return histograms of first and final losses over one range, or None for a method without."""
     first, final = (_known(table[name].to_numpy(), rows) for name in ("loss_first", "loss_final"))
-    if not len(final):
+    if not len(first) or not len(final):
         return None
     bounds = (float(min(first.min(), final.min())), float(max(first.max(), final.max())))
     counted: Sequence[np.ndarray] = [np.histogram(values, _BINS, bounds)[0] for values in (first, final)]

@@ -44,6 +44,7 @@ class Card {
       const figure = this.screen("reference", note ? null : `references/${row.reference}.mp4`, note, sources);
       if (!note) {
         figure.firstChild.append(canvas);
+        this.caption = figure.lastChild;
         this.arrows = new Arrows(canvas);
       }
       stage.append(figure);
@@ -100,11 +101,10 @@ class Card {
     const [first, final] = [rows.loss_first[this.place], rows.loss_final[this.place]];
     const list = make("dl", "facts");
     const fact = (name, value) => list.append(make("div", "", make("dt", "", name), make("dd", "", value)));
-    if (final !== null) fact("motion loss", `${number(first)} → ${number(final)}`);
+    if (final !== null && final !== undefined) fact("motion loss", `${number(first)} → ${number(final)}`);
     figures.forEach((figure, n) => {
       if (measured[n][this.place] !== null) fact(words(figure.name), number(measured[n][this.place]));
     });
-    if (this.row.total !== null) fact("time", seconds(this.row.total));
     return list;
   }
 
@@ -132,13 +132,17 @@ class Card {
   times() {
     const spent = this.row.seconds.map((value) => value ?? 0);
     const total = spent.reduce((sum, value) => sum + value, 0);
-    return total > 0 ? make("div", "times", phaseBar(spent, total)) : "";
+    if (!(total > 0)) return "";
+    const legend = make("ul", "legend", make("li", "", make("b", "", seconds(this.row.total ?? total))));
+    spent.forEach((value, phase) => {
+      if (value >= total / 20) legend.append(make("li", "", make("span", `dot p${phase}`), `${data.index.phases[phase]} ${seconds(value)}`));
+    });
+    return make("div", "times", phaseBar(spent, total), legend);
   }
 
   details() {
-    const { row } = this;
     const element = make("details", "", make("summary", "", "Settings and numbers"));
-    element.addEventListener("toggle", () => element.open && element.children.length === 1 && element.append(this.numbers()), { once: false });
+    element.addEventListener("toggle", () => element.open && element.children.length === 1 && element.append(this.numbers()));
     return element;
   }
 
@@ -171,7 +175,9 @@ class Card {
     if (!this.arrows) return;
     this.arrowsWanted = on;
     const motion = on && this.row.motion ? await data.motion(this.row.motion).catch(() => null) : null;
-    if (this.arrowsWanted === on) this.arrows.set(motion);
+    if (this.arrowsWanted !== on) return;
+    this.arrows.set(motion);
+    this.caption.textContent = on && !motion ? "reference, without a motion flow" : "reference";
   }
 }
 

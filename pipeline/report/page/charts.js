@@ -20,7 +20,7 @@ function drawStatuses() {
 function drawCharts() {
   const { summary } = data.index;
   const charts = [
-    ...data.index.figures.map((figure) => figureChart(figure, summary.figures)),
+    summary.figures.length ? figuresChart(data.index.figures, summary.figures) : null,
     secondsChart(summary.seconds),
     summary.losses.length ? lossesChart(summary.losses) : null,
     methodsChart(summary.statuses),
@@ -37,35 +37,50 @@ function tableOf(headings, rows) {
   const lines = rows.map(([name, ...cells]) => {
     const first = make("th", "", name);
     first.scope = "row";
+    first.title = name;
     return make("tr", "", first, ...cells.map((cell) => (cell instanceof HTMLTableCellElement ? cell : make("td", "", cell))));
   });
   for (const cell of head.children) cell.scope = "col";
   return make("table", "", make("thead", "", head), make("tbody", "", ...lines));
 }
 
-// Mean and interval of one figure for every method, over all rows; classes of prompts below it, if there are any.
-function figureChart(figure, entries) {
-  const own = entries.filter((entry) => entry.figure === figure.name);
-  if (!own.length) return null;
-  const low = Math.min(...own.map((entry) => entry.interval.low));
-  const high = Math.max(...own.map((entry) => entry.interval.high));
-  const room = (high - low || Math.abs(high) || 1) * 0.06;
-  const scale = (value) => (100 * (value - low + room)) / (high - low + 2 * room);
-  const lines = (category) => own.filter((entry) => entry.category === category).map((entry) => intervalLine(entry, scale));
-  const headings = ["method", `${number(low)} to ${number(high)}`, "mean [95 %]", "rows"];
-  const table = tableOf(headings, lines(null));
-  for (const category of new Set(own.map((entry) => entry.category))) {
-    if (category === null) continue;
-    const name = make("th", "class", category);
-    name.colSpan = headings.length;
-    name.scope = "rowgroup";
-    table.append(make("tbody", "", make("tr", "", name), ...tableOf(headings, lines(category)).tBodies[0].rows));
+// Mean and interval of every figure and method: over all rows, or over those of one class of prompts.
+function figuresChart(figures, entries) {
+  const classes = [...new Set(entries.map((entry) => entry.category))];
+  const section = panel("Metrics", "Mean over finished rows, with its 95 % bootstrap interval.", figuresTable(figures, entries, null));
+  section.classList.add("wide");
+  if (classes.length > 1) {
+    const choice = make("select", "", ...classes.map((category, n) => new Option(category ?? "all rows", n)));
+    choice.onchange = () => section.querySelector(".scroll").replaceChildren(figuresTable(figures, entries, classes[choice.value]));
+    section.prepend(make("label", "choice", "Rows of ", choice));
   }
-  const settings = Object.entries(figure.settings).map(([name, value]) => `${words(name)} ${value}`).join(", ");
-  return panel(words(figure.name), `Mean over finished rows and its 95 % bootstrap interval${settings ? `; ${settings}` : ""}.`, table);
+  const settings = figures.map(({ name, settings }) => [words(name), Object.entries(settings).filter(([, value]) => value !== null).map(([key, value]) => `${words(key)} ${value}`)]);
+  const told = settings.filter(([, values]) => values.length).map(([name, values]) => `${name}: ${values.join(", ")}`);
+  if (told.length) section.append(make("p", "note", `Measured with ${told.join("; ")}.`));
+  return section;
 }
 
-function intervalLine({ variant, interval, without }, scale) {
+function figuresTable(figures, entries, category) {
+  const shown = entries.filter((entry) => entry.category === category);
+  const variants = [...new Set(shown.map((entry) => entry.variant))];
+  const scales = new Map(figures.map(({ name }) => [name, scaleOf(entries.filter((entry) => entry.figure === name))]));
+  const cell = (variant, name) => {
+    const entry = shown.find((other) => other.variant === variant && other.figure === name);
+    return entry ? intervalCell(entry, scales.get(name)) : "–";
+  };
+  const lines = variants.map((variant) => [variant, ...figures.map(({ name }) => cell(variant, name))]);
+  return tableOf(["method", ...figures.map(({ name }) => words(name))], lines);
+}
+
+// Where a value lies, from 0 to 100, between the ends of all intervals of a figure.
+function scaleOf(entries) {
+  const low = Math.min(...entries.map((entry) => entry.interval.low));
+  const high = Math.max(...entries.map((entry) => entry.interval.high));
+  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  return (value) => (100 * (value - low + room)) / (high - low + 2 * room);
+}
+
+function intervalCell({ interval, without }, scale) {
   const [left, middle, right] = [interval.low, interval.mean, interval.high].map(scale);
   const drawing = drawn(
     "svg",
@@ -74,8 +89,10 @@ function intervalLine({ variant, interval, without }, scale) {
     drawn("line", { x1: left, x2: Math.max(right, left + 0.8), y1: 5, y2: 5, class: "span" }),
     drawn("line", { x1: middle, x2: middle, y1: 0.5, y2: 9.5, class: "mean" }),
   );
-  const text = `${number(interval.mean)} [${number(interval.low)}, ${number(interval.high)}]`;
-  return [variant, make("td", "drawing", drawing), make("td", "figure", text), `${interval.count}${without ? ` (${without} without)` : ""}`];
+  const range = make("span", "range", ` ${number(interval.low)} to ${number(interval.high)}`);
+  const cell = make("td", "measure", drawing, make("b", "", number(interval.mean, 3)), range);
+  cell.title = `${interval.count} rows${without ? `, ${without} more have no value` : ""}`;
+  return cell;
 }
 
 // Mean seconds of every phase, as one bar for each method.

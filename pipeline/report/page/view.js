@@ -58,8 +58,9 @@ const view = {
       if (state.method && this.name(place) !== state.method) return false;
       if (state.status && index.statuses[of("status")] !== state.status) return false;
       if (state.category && index.categories[of("category")] !== state.category) return false;
-      const texts = [prompts[of("prompt")], references[of("reference")], of("id")];
-      if (!sought.every((word) => texts.some((text) => text.includes(word)))) return false;
+      const texts = [prompts[of("prompt")], references[of("reference")]];
+      const found = (word) => texts.some((text) => text.includes(word)) || (word.length >= 8 && of("id").startsWith(word));
+      if (!sought.every(found)) return false;
       if (!quantity || (from === -Infinity && to === Infinity)) return true;
       const value = quantity(place);
       return value !== null && from <= value && value <= to;
