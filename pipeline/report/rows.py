@@ -23,7 +23,7 @@ ROWS_PER_FILE = 200
 _NARROW = (
     "row_id", "status", "variant", "method", "model_revision", "reference_uri", "reference_sha256", "bank_uri",
     "amf_uri", "prompt", "category", "seed", "spec_json", "loss_first", "loss_final", "seconds_total", "fps",
-    "started_at", "finished_at",
+    "started_at", "finished_at", *(f"seconds_{phase}" for phase in PHASES),
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ class Rows:
             "pair": lambda row: codes["pair"](json.dumps(pair_of(row))),
             "loss_first": lambda row: row["loss_first"],
             "loss_final": lambda row: row["loss_final"],
-            "seconds": lambda row: row["seconds_total"],
+            "seconds": _spent,
         }
         columns = {name: [value(row) for row in self._narrow] for name, value in of_row.items()}
         measured = [[figures.at(row["row_id"], name) for row in self._narrow] for name in figures.names]
@@ -181,6 +181,12 @@ def _shared_settings(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str
     about = {name: json.loads(text) for name, text in texts.items() if text}
     model = {"name": row["model"], "revision": row["model_revision"], "negative_prompt": row["negative_prompt"]}
     return json.dumps({**sections, "model": model, **about}, sort_keys=True)
+
+
+def _spent(row: Mapping[str, Any]) -> float | None:
+    """Return the seconds that a row took: of all phases, or, of a row that has come to none, of its last attempt."""
+    phases = [seconds for phase in PHASES if (seconds := row[f"seconds_{phase}"]) is not None]
+    return sum(phases) if phases else row["seconds_total"]
 
 
 def _relative(uri: str | None) -> str | None:

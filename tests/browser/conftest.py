@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-PATIENCE_S = 120  # of a machine that has other work: no test waits for it when all is well
+PATIENCE_S = 60  # of a machine that has other work: no test waits for it when all is well
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -56,7 +56,7 @@ def until(page: Page, condition: str) -> None:
 
 
 def _within(url: str, root: str) -> bool:
-    return url.startswith((f"{root}/", "data:image/svg+xml,"))
+    return url.startswith((f"{root}/", f"blob:{root}/", "data:image/svg+xml,"))
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -126,7 +126,7 @@ def test_arrows_are_drawn_over_the_reference_where_there_is_a_flow(look):
         page.locator("#arrows").click()
         until(page, f"({ink})({json.dumps(FLOW)}) > 100")
         assert page.evaluate(ink, PLAIN) == 0
-        assert "without a motion flow" in card(page, PLAIN).inner_text()
+        assert "no flow" in card(page, PLAIN).inner_text()
         assert page.locator("#arrows").get_attribute("aria-pressed") == "true"
         page.locator("#arrows").click()
         until(page, f"({ink})({json.dumps(FLOW)}) === 0")

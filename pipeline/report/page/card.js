@@ -133,7 +133,7 @@ class Card {
     const spent = this.row.seconds.map((value) => value ?? 0);
     const total = spent.reduce((sum, value) => sum + value, 0);
     if (!(total > 0)) return "";
-    const legend = make("ul", "legend", make("li", "", make("b", "", seconds(this.row.total ?? total))));
+    const legend = make("ul", "legend", make("li", "", make("b", "", seconds(total))));
     spent.forEach((value, phase) => {
       if (value >= total / 20) legend.append(make("li", "", make("span", `dot p${phase}`), `${data.index.phases[phase]} ${seconds(value)}`));
     });
@@ -160,6 +160,7 @@ class Card {
     tell("size", row.frames && `${row.frames} frames of ${row.width} x ${row.height}, ${number(row.fps)} a second`);
     data.index.phases.forEach((phase, n) => row.seconds[n] > 0 && tell(phase, seconds(row.seconds[n])));
     tell("peak memory", row.peak_memory_bytes && `${number(row.peak_memory_bytes / 2 ** 20)} MiB`);
+    tell("last attempt", row.total !== null ? seconds(row.total) : null);
     tell("attempts", row.attempts);
     tell("device", [row.device, row.node].filter(Boolean).join(" on "));
     tell("ended", row.finished);
@@ -177,7 +178,7 @@ class Card {
     const motion = on && this.row.motion ? await data.motion(this.row.motion).catch(() => null) : null;
     if (this.arrowsWanted !== on) return;
     this.arrows.set(motion);
-    this.caption.textContent = on && !motion ? "reference, without a motion flow" : "reference";
+    this.caption.textContent = on && !motion ? "reference (no flow)" : "reference";
   }
 }
 

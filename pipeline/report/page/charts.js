@@ -13,7 +13,12 @@ function drawStatuses() {
     button.dataset.status = status;
     return button;
   });
-  for (const button of [all, ...buttons]) button.onclick = () => view.change({ status: button.dataset.status });
+  for (const button of [all, ...buttons]) {
+    button.onclick = () => {
+      view.change({ status: button.dataset.status });
+      byId("controls").scrollIntoView();
+    };
+  }
   byId("statuses").replaceChildren(all, ...buttons.filter((_, code) => counts[code] > 0));
 }
 

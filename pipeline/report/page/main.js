@@ -16,6 +16,8 @@ function start() {
   if (matchMedia("(max-width: 640px)").matches) byId("summary").open = false;
   addEventListener("hashchange", show);
   show();
+  // Whoever opens a shared view wants to see its rows.
+  if (Object.keys(DEFAULTS).some((name) => name !== "arrows" && view.state[name] !== DEFAULTS[name])) byId("controls").scrollIntoView();
 }
 
 function fillControls() {

@@ -18,7 +18,7 @@ class Player {
     for (const source of videos) {
       source.video.muted = true;
       source.video.playsInline = true;
-      source.video.addEventListener("loadedmetadata", () => this.place());
+      source.video.addEventListener("loadedmetadata", () => (canSeek(source.video) ? this.place() : this.fetchWhole(source)));
       source.video.addEventListener("canplay", () => this.wanted && this.resume());
       source.video.addEventListener("error", () => this.attached && this.lose(source));
       source.video.addEventListener("ended", () => source.video === this.leader && this.again());
@@ -53,8 +53,18 @@ class Player {
     cancelAnimationFrame(this.frame);
     for (const { video } of this.sources) {
       video.pause();
+      if (video.src.startsWith("blob:")) URL.revokeObjectURL(video.src);
       video.removeAttribute("src");
       video.load();
+    }
+  }
+
+  async fetchWhole(source) {
+    try {
+      const video = await (await fetch(source.src)).blob();
+      if (this.attached) source.video.src = URL.createObjectURL(video);
+    } catch {
+      if (this.attached) this.lose(source);
     }
   }
 
@@ -138,4 +148,9 @@ class Player {
     this.button.textContent = this.wanted ? "❚❚" : "▶";
     this.button.setAttribute("aria-label", this.wanted ? "Pause" : "Play");
   }
+}
+
+// Some web servers, such as Python's own, send no parts of files: one can then seek only in what was fetched whole.
+function canSeek(video) {
+  return !location.protocol.startsWith("http") || video.src.startsWith("blob:") || (video.seekable.length > 0 && video.seekable.end(0) > 0);
 }
