@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ditflow.video import encode_video
 from pipeline.job import Job, References
@@ -54,6 +55,6 @@ class ReferenceClips:
             self._job = replace(self._job, faults=replace(self._job.faults, storage_patience_s=0.0))
 
 
-def _known(video: Mapping[str, object]) -> dict[str, object]:
+def _known(video: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings that choose frames; later releases may know more of them."""
     return {key: value for key, value in video.items() if key in References.__dataclass_fields__}

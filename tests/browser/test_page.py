@@ -141,7 +141,7 @@ def test_play_all_plays_all_and_stops_all(look):
         until(page, f"{playing} === 0")
 
 
-def test_filters_keep_the_rows_that_are_asked_for_and_the_address_tells_them(look, browser, root):
+def test_filters_keep_the_rows_that_are_asked_for_and_the_address_tells_them(look):
     with look() as page:
         page.locator("#method").select_option("plain")
         wait_for(page, [PLAIN])
@@ -164,6 +164,7 @@ def test_filters_keep_the_rows_that_are_asked_for_and_the_address_tells_them(loo
         assert "No row of 5 matches" in page.locator("#found").inner_text()
     with look(address.partition("#")[2]) as page:
         assert ids(page) == [SCRIPT]
+        until(page, "scrollY > 0")
         assert page.locator("#q").input_value() == "RING a"
         assert page.locator("#category").input_value() == "scene"
 

@@ -132,7 +132,8 @@ function phaseBar(values, longest) {
 }
 
 function phaseLegend(all) {
-  const used = data.index.phases.map((_, phase) => all.some((values) => values[phase] > 0));
+  const seen = (values, phase) => values[phase] > 0.005 * values.reduce((sum, value) => sum + value, 0);
+  const used = data.index.phases.map((_, phase) => all.some((values) => seen(values, phase)));
   const items = data.index.phases.map((name, phase) => (used[phase] ? make("li", "", make("span", `dot p${phase}`), name) : null));
   return make("ul", "legend", ...items);
 }

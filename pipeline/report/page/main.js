@@ -15,9 +15,9 @@ function start() {
   page.near = new IntersectionObserver(onNear, { rootMargin: "300px 0px" });
   if (matchMedia("(max-width: 640px)").matches) byId("summary").open = false;
   addEventListener("hashchange", show);
-  show();
   // Whoever opens a shared view wants to see its rows.
-  if (Object.keys(DEFAULTS).some((name) => name !== "arrows" && view.state[name] !== DEFAULTS[name])) byId("controls").scrollIntoView();
+  const narrowed = (name) => name !== "arrows" && view.state[name] !== DEFAULTS[name];
+  show().then(() => Object.keys(DEFAULTS).some(narrowed) && byId("controls").scrollIntoView());
 }
 
 function fillControls() {
