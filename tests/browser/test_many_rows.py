@@ -62,7 +62,7 @@ def test_videos_are_fetched_only_near_the_window(look):
 
 
 def test_sorting_all_rows_loads_only_what_the_first_page_needs(look):
-    with look("sort=seconds&down=1") as page:
+    with look("sort=ended&down=1") as page:
         assert (loaded(page), cards(page)) == (1, CARDS)
         assert page.locator(".card h3").first.inner_text() == "prompt 999"
         assert page.locator(".page").first.inner_text() == f"1 / {-(-ROWS // CARDS)}"

@@ -373,6 +373,7 @@ def test_seconds_and_losses_are_summed_up_by_method_over_finished_rows(local):
         for entry in index["summary"]["seconds"]
     }
     assert (seconds["flow"]["guidance"], seconds["flow"]["denoise"], seconds["flow"]["read"]) == (3.0, 0.5, 0.0)
+    assert index["rows"]["seconds"] == [3.0, 4.0, 101.0, 4.0], "the phases of each row together"
     [losses] = index["summary"]["losses"]
     assert (losses["variant"], losses["from"], losses["to"], losses["medians"]) == ("flow", 1.0, 4.0, [3.0, 2.0])
     assert (sum(losses["first"]), sum(losses["final"])) == (2, 2)
