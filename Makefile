@@ -11,6 +11,7 @@ quickstart: .venv/installed
 	@echo "Look at: outputs/quickstart/references/*.mp4             where the motion comes from"
 	@echo "         outputs/quickstart/synthesize/videos/*.mp4      new videos that were guided by it"
 	@echo "         outputs/quickstart/reuse/videos/*.mp4           new videos with a learned motion bank"
+	@echo "Page:    $(BIN)/ditflow report outputs/quickstart/synthesize     writes report/index.html there"
 	@echo "Ask:     $(BIN)/ditflow manifest show outputs/quickstart/synthesize"
 	@echo "         $(BIN)/ditflow bank list outputs/quickstart/bank"
 

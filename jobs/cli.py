@@ -456,6 +456,28 @@ def evaluate(
         raise typer.Exit(SOME_FAILED)
 
 
+@app.command()
+def report(
+    output: Annotated[str, typer.Argument(help="Output folder of a job.")],
+    references: Annotated[bool, typer.Option(help="Also show the reference videos, read from where they are.")] = True,
+    storage: StorageOption = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a gallery to look at: OUT/report/index.html, for any browser. Again, it brings it up to date.
+
+    \b
+    ditflow report outputs/quickstart/synthesize
+    """
+    from dataclasses import asdict
+
+    from jobs.gallery import write_gallery
+
+    with expected_errors():
+        written = write_gallery(_store(output, storage), references, screen)
+    if as_json:
+        _emit(**asdict(written))
+
+
 @manifest_app.command("show")
 def manifest_show(
     output: Annotated[str, typer.Argument(help="Output folder of a job.")],

@@ -94,6 +94,15 @@ def read_section(path: str | Path, section: type[Section], hint: str) -> Section
     return _validate(_mapping(document, str(path), section), _Lines(document, str(path)), section)
 
 
+def read_saved(text: str, name: str) -> Job:
+    """Return the job that a resolved spec, saved beside outputs, tells of. Its model and output are not looked at.
+
+    Raises SpecError for a text that is no job of this release.
+    """
+    document = _document(text, name)
+    return _validate(_mapping(document, name), _Lines(document, name))
+
+
 def check_output(job: Job) -> None:
     """Raise SpecError unless the job's output can be written to."""
     try:

@@ -19,7 +19,7 @@ from pipeline.manifest import Manifest
 from pipeline.measurements import Measurements
 from pipeline.store import Store
 
-_COLUMNS = (
+COLUMNS = (
     "row_id",
     "status",
     "variant",
@@ -33,6 +33,7 @@ _COLUMNS = (
     "spec_json",
     "started_at",
 )
+"""What of a manifest's rows a comparison looks at."""
 
 
 class ComparisonError(ValueError):
@@ -135,14 +136,26 @@ def compare(store: Store, settings: MetricSettings, baseline: str | None = None)
     baseline: the method that the others are compared with; by default the plain model, if it is among them, else the
     first in alphabetical order. Raises ComparisonError when nothing was measured, or for an unknown baseline.
     """
-    rows = [row for row in Manifest(store).read(_COLUMNS).to_pylist() if row["status"] == "ok"]
-    measured = Measurements(store).values(settings)
+    rows = [row for row in Manifest(store).read(COLUMNS).to_pylist() if row["status"] == "ok"]
+    try:
+        return compare_rows(rows, Measurements(store).values(settings), baseline)
+    except ComparisonError as error:
+        raise ComparisonError(f"{store.uri}: {error}") from error
+
+
+def compare_rows(
+    rows: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Mapping[str, float | None]],
+    baseline: str | None = None,
+) -> Comparison:
+    """Compare methods by their finished rows, of which `COLUMNS` are known, as `compare` does.
+
+    measured: {row_id: {figure: value or None}}.
+    """
     rows = [row for row in rows if row["row_id"] in measured]
     if not rows:
-        raise ComparisonError(
-            f"{store.uri}: no row is measured with these settings: expected a finished job with videos"
-        )
-    names, settings_of = _named(rows)
+        raise ComparisonError("no row is measured with these settings: expected a finished job with videos")
+    names, settings_of = method_names(rows)
     plain = {names[row["row_id"]] for row in rows if row["method"] == "none"}
     variants = sorted(settings_of)
     if baseline is None:
@@ -151,7 +164,7 @@ def compare(store: Store, settings: MetricSettings, baseline: str | None = None)
         raise ComparisonError(f"baseline: {baseline!r} is none of the job's methods: {', '.join(variants)}")
     figures = list(dict.fromkeys(figure for values in measured.values() for figure in values))
     classes = [None, *sorted({row["category"] for row in rows} - {None})]
-    pairs = {row["row_id"]: _pair(row) for row in rows}
+    pairs = {row["row_id"]: pair_of(row) for row in rows}
     entries = []
     for category in classes:
         table: _Table = {}
@@ -169,8 +182,8 @@ _Table = dict[str, dict[Pair, Mapping[str, float | None]]]
 """{method: {pair: figures}}"""
 
 
-def _named(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Return {row_id: name of its method} and {name: settings}.
+def method_names(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return {row_id: name of its method} and {name: settings} of rows of which `COLUMNS` are known.
 
     Where one name has had several settings, all but the first are numbered.
     """
@@ -195,7 +208,8 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "method": method, "video": video, "model_revision": row["model_revision"]}
 
 
-def _pair(row: Mapping[str, Any]) -> Pair:
+def pair_of(row: Mapping[str, Any]) -> Pair:
+    """Return what rows of different methods have in common if they are to be compared."""
     video = json.dumps(json.loads(row["spec_json"])["video"])
     return (row["reference_sha256"] or row["bank_uri"], video, row["prompt"], row["seed"])
 

@@ -35,6 +35,13 @@ TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow
 CHUNK_BYTES = 8 * 2**20  # of a streamed read or copy
 PART_BYTES = 32 * 2**20  # of a multipart upload, which s3fs starts at two parts
 PARTS_AT_ONCE = 4
+CONTENT_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "mp4": "video/mp4",
+}
+"""By a name's ending: without it, a browser downloads a page from object storage and does not show it."""
 LONGEST_PAUSE_S = 20.0  # between two tries of an operation that is waited out
 
 _Arguments = ParamSpec("_Arguments")
@@ -554,10 +561,12 @@ class Store:
 
     def _upload(self, fs: Any, path: str, data: bytes | Path) -> None:
         self._require_s3()
+        content_type = CONTENT_TYPES.get(path.rsplit(".", 1)[-1], "application/octet-stream")
+        options = {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE, "ContentType": content_type}
         if isinstance(data, Path):
-            fs.put_file(str(data), path, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            fs.put_file(str(data), path, **options)
         else:
-            fs.pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            fs.pipe_file(path, data, **options)
 
     def _require_s3(self) -> None:
         if _protocol(self.uri) not in S3_PROTOCOLS:

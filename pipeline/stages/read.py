@@ -15,7 +15,7 @@ import numpy as np
 
 from ditflow.video import Clip, OversizedVideoError, read_video
 from pipeline.cache import node_cache
-from pipeline.job import Job
+from pipeline.job import Job, References
 from pipeline.plan import Input, WorkRow
 from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
 from pipeline.store import open_fs
@@ -69,11 +69,18 @@ def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
 
 def _read_clip(work: WorkRow, job: Job) -> Clip:
     assert work.reference is not None
-    settings = job.with_own(work.own).references
-    check_size(work.reference.uri, job)
+    return read_clip(work.reference, job.with_own(work.own).references, job)
+
+
+def read_clip(source: Input, settings: References, job: Job) -> Clip:
+    """Return the frames of a reference that the settings choose, read within their limits.
+
+    Raises VideoError, ChangedInputError, StoreError, or OSError.
+    """
+    check_size(source.uri, job)
     with bounded_memory(settings.max_memory_bytes):
         return read_video(
-            read_unchanged(work.reference, job),
+            read_unchanged(source, job),
             frames=settings.frames,
             height=settings.height,
             width=settings.width,
@@ -81,7 +88,7 @@ def _read_clip(work: WorkRow, job: Job) -> Clip:
             stride=settings.stride,
             fit=settings.fit,
             max_pixels_per_frame=settings.max_pixels,
-            name=work.reference.uri,
+            name=source.uri,
         )
 
 
