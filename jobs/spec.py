@@ -100,7 +100,7 @@ def read_saved(text: str, name: str) -> Job:
     Raises SpecError for a text that is no job of this release.
     """
     document = _document(text, name)
-    return _validate(_mapping(document, name), _Lines(document, name))
+    return _validate(_mapping(document, name, Job), _Lines(document, name), Job)
 
 
 def check_output(job: Job) -> None:
