@@ -22,13 +22,8 @@ from pipeline.manifest import Manifest
 from pipeline.store import Store
 
 STARTS, LONGEST_JOB_S = 3, 900
-SMALL = [
-    "references.frames=9",
-    "references.height=32",
-    "references.width=32",
-    "references.stride=2",
-    "sampling.steps=3",
-]
+SMALL = ["references.frames=9", "references.height=32", "references.width=32", "references.stride=2"]
+SMALL += ["sampling.steps=3", "method.guided_steps=2", "method.iterations=2"]
 
 
 def free_ports(count: int) -> list[int]:
