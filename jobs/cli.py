@@ -610,7 +610,7 @@ def bank_verify(
     storage: StorageOption = "{}",
     as_json: JsonFlag = False,
 ) -> None:
-    """Read every bank as a whole: is it what it says, and what its job's manifest says?"""
+    """Read every bank whole, and check it by its hashes and its job's manifest."""
     from dataclasses import asdict
 
     from jobs.table import printable
