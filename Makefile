@@ -38,7 +38,7 @@ bench-mini: .venv/installed
 sweep-mini: .venv/installed
 	$(BIN)/python -m benchmarks.mini_sweep
 
-# A quarter of an hour on 2 cores: kills, storms, refusals, a million rows, hostile files.
+# Half an hour on 2 cores: kills, storms, refusals, a million rows, hostile files, fuzzing.
 chaos: .venv/installed .venv-swift/installed
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.reliability
 

@@ -32,6 +32,7 @@ from running import run, write_spec
 from swift.server import SwiftServer
 
 from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.fuzz import TARGETS
 from benchmarks.hostile import hostile_table
 from jobs.spec import load_spec
 from pipeline.job import Job, Output
@@ -44,6 +45,7 @@ from pipeline.store import Store
 CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 60, 25, 0
 STORM_S, STORM = 60.0, {"status": 503, "rate": 0.5}
 PLANNED_ROWS, ROWS_PER_FILE, RESUMED_ROWS = 1_000_000, 50_000, 10_000
+FUZZ_S = 600.0
 
 
 # ---- kills
@@ -201,6 +203,19 @@ def hostile(folder: Path, swift: SwiftServer) -> list[dict[str, Any]]:
     return hostile_table()
 
 
+def fuzzing(folder: Path, swift: SwiftServer) -> list[dict[str, Any]]:
+    """Feed mutated files to every reader of strangers' files, ten minutes each, side by side."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.fuzz", target, "--seconds", str(FUZZ_S), "--folder", str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for target in TARGETS
+    ]
+    return [json.loads(reader.communicate()[0]) for reader in running]
+
+
 # ---- the command
 
 PARTS: dict[str, Callable[[Path, SwiftServer], Any]] = {
@@ -210,6 +225,7 @@ PARTS: dict[str, Callable[[Path, SwiftServer], Any]] = {
     "planning": planning,
     "resume": resume,
     "hostile": hostile,
+    "fuzzing": fuzzing,
 }
 
 
