@@ -17,15 +17,15 @@ from pipeline.record import COLUMN_NAMES, COLUMNS, SCHEMA, RecordError, make_row
 from pipeline.store import Store
 
 GOLDEN = """
-row_id string; job string; kind string; status string; reference_uri string; reference_sha256 string; prompt
-string; category string; negative_prompt string; seed int64; variant string; method string; optimize string; model
-string; model_revision string; spec_json string; output_uri string; output_sha256 string; output_bytes int64;
-amf_uri string; bank_uri string; bank_loads int32; frames int32; height int32; width int32; fps double;
-losses list<float32>; loss_first float; loss_final float; seconds_read double; seconds_extract double; seconds_learn double; seconds_guidance
-double; seconds_denoise double; seconds_decode double; seconds_encode double; seconds_write double;
-seconds_total double; peak_memory_bytes int64; device string; node string; process int64; attempts int32;
-error_kind string; error_class string; error_message string; started_at timestamp[us, tz=UTC]; finished_at timestamp[us, tz=UTC];
-versions_json string; execution_json string
+row_id string; job string; kind string; status string; reference_uri string; reference_sha256 string; prompt string;
+category string; negative_prompt string; seed int64; variant string; method string; optimize string; model string;
+model_revision string; spec_json string; output_uri string; output_sha256 string; output_bytes int64; amf_uri
+string; bank_uri string; bank_loads int32; frames int32; height int32; width int32; fps double; losses
+list<float32>; loss_first float; loss_final float; seconds_read double; seconds_extract double; seconds_learn
+double; seconds_guidance double; seconds_denoise double; seconds_decode double; seconds_encode double; seconds_write
+double; seconds_total double; peak_memory_bytes int64; device string; node string; process int64; attempts int32;
+error_kind string; error_class string; error_message string; started_at timestamp[us, tz=UTC]; finished_at
+timestamp[us, tz=UTC]; versions_json string; execution_json string
 """
 
 
