@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -155,7 +156,9 @@ class Lease:
 
     def _lose(self, reason: str) -> None:
         self._lost = reason
-        _thread.interrupt_main()
+        # Shells start background processes with SIGINT ignored; then nobody would be interrupted by it.
+        handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+        _thread.interrupt_main(handled[0] if handled else signal.SIGINT)
 
     def _numbers(self) -> list[int]:
         return [int(key.removeprefix(f"{FOLDER}/").removesuffix(".json")) for key in self._store.list(FOLDER)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,17 @@ def test_of_runs_that_find_a_dead_one_no_two_go_on_at_the_same_time(local_store)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def interruptible(request):
+    """Only one signal reaches this process, as in one that a shell has put into the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == request.param else signal.SIG_IGN)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wait_for_loss(lease: Lease) -> None:
     """Work until the main thread is interrupted, as it is when the lease is lost."""
     with pytest.raises(KeyboardInterrupt):
@@ -104,6 +116,7 @@ def wait_for_loss(lease: Lease) -> None:
     lease.check()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_that_was_taken_over_is_told_and_leaves_the_others_lease(local_store):
     with Lease(local_store, expires_s=0.2) as lease:
         leave(local_store, number=2)
@@ -119,6 +132,7 @@ def test_a_run_that_ends_before_it_is_told_leaves_the_others_lease_too(store):
     assert [holder["number"] for holder in holders(store)] == [9]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(local_store, monkeypatch):
     with Lease(local_store, expires_s=0.2) as lease:
 
