@@ -37,10 +37,10 @@ def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_i
     assert (tally.ok, tally.not_ok) == (2 * prompts, 0)
     before = Manifest(first.job.store()).read().to_pylist()
 
-    known = {clip.name for clip in clips.iterdir()}
+    known = {clip.name for clip in clips.glob("*.mp4")}
     (clips / "renamed.mp4").write_bytes((clips / sorted(known)[0]).read_bytes())  # no new content
     render_clips(clips, count=3, seed=40)
-    (new,) = {clip.name for clip in clips.iterdir()} - known - {"renamed.mp4"}
+    (new,) = {clip.name for clip in clips.glob("*.mp4")} - known - {"renamed.mp4"}
     second, tally, rows = run(nightly)
     assert (tally.ok, tally.not_ok) == (prompts, 0)
 
