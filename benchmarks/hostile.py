@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -158,11 +159,16 @@ def _came(name: str, data: bytes, work: Callable[[bytes], str]) -> Came:
         status,
         error_kind,
         error_class,
-        _shortened(message, MESSAGE_CHARACTERS),
+        _shortened(_without_folder(message), MESSAGE_CHARACTERS),
         round(time.process_time() - started, 3),
         round(time.perf_counter() - wall, 3),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _without_folder(message: str) -> str:
+    """Return a message without the temporary folder in which the input lay."""
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", message)
 
 
 def _shortened(text: str, most: int = 40) -> str:
