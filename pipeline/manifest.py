@@ -15,7 +15,7 @@ root, such as a bank of another job, is looked up at its absolute URI.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -41,6 +41,8 @@ FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
 BANK_INDEX_KEY = "banks/index.parquet"
 """Made of the banks, and no output of a row: see `pipeline.catalogue`."""
+STATUSES_KEY = "statuses.parquet"
+"""How rows ended, for planning: a copy of what their records say, which is trusted only of records left unchanged."""
 MERGED = "merged-"
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
@@ -101,9 +103,29 @@ class Manifest:
         return _once_each(pa.concat_tables([_schema(needed).empty_table(), *tables])).select(wanted)
 
     def statuses(self) -> dict[str, str]:
-        """Return the status of every recorded row by its id."""
-        table = self.read(["row_id", "status"])
-        return dict(zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+        """Return the status of every recorded row by its id. Records that `remember` has read are not read again."""
+        remembered = self._remembered()
+        tables = [table for _, table in self._tables(["row_id", "status"], known=remembered)]
+        table = pa.concat_tables([_schema(["row_id", "status"]).empty_table(), *tables])
+        read = zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True)
+        return {**{_row_id(key): status for key, status in remembered.items()}, **dict(read)}
+
+    def remember(self) -> None:
+        """Keep the statuses of all rows with a file of their own, so that the next plan need not read those files.
+
+        For the one run that works on the output.
+        """
+        # Listed first: a record that changes from now on is another than the one that is listed.
+        single, entries = self._keys_by_kind()[0], self.store.entries(FOLDER)
+        statuses = self.statuses()
+        kept = [key for key in single if key in entries and _row_id(key) in statuses]
+        columns = {
+            "key": pa.array(kept, pa.string()),
+            "bytes": pa.array([entries[key].bytes for key in kept], pa.int64()),
+            "written": pa.array([entries[key].written for key in kept], pa.timestamp("us", tz="UTC")),
+            "status": pa.array([statuses[_row_id(key)] for key in kept], pa.string()),
+        }
+        self.store.put(STATUSES_KEY, parquet_bytes(pa.table(columns)))
 
     def get(self, row_id: str) -> dict[str, Any] | None:
         """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
@@ -207,6 +229,20 @@ class Manifest:
             if key.endswith(".parquet") and not key.rsplit("/", 1)[-1].startswith((".", "_"))
         ]
 
+    def _remembered(self) -> dict[str, str]:
+        """Return {key: status} of the records that are as `remember` has read them."""
+        try:
+            rows = pq.read_table(pa.BufferReader(self.store.read(STATUSES_KEY))).to_pylist()
+            known = {row["key"]: (row["bytes"], row["written"], row["status"]) for row in rows}
+        except (StoreMissingError, pa.ArrowException, KeyError):
+            return {}  # it is only a copy
+        entries = self.store.entries(FOLDER) if known else {}
+        return {
+            key: status
+            for key, (size, written, status) in known.items()
+            if written is not None and key in entries and (entries[key].bytes, entries[key].written) == (size, written)
+        }
+
     def _output_sizes(self) -> dict[str, int]:
         sizes = {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
         return {key: size for key, size in sizes.items() if key != BANK_INDEX_KEY}
@@ -224,8 +260,9 @@ class Manifest:
         self,
         columns: Iterable[str] = COLUMN_NAMES,
         on_error: Callable[[str, ManifestError], None] | None = None,
+        known: Collection[str] = (),
     ) -> Iterator[tuple[str, Any]]:
-        """Yield every manifest file's key and table.
+        """Yield every manifest file's key and table, but for those whose key is `known`.
 
         A file that is gone when it is to be read was forgotten, or merged into one that is new: the folder is
         listed again until none was missed. A row may come twice.
@@ -244,7 +281,7 @@ class Manifest:
                 on_error(key, error)
                 return key, None, False
 
-        read: set[str] = set()
+        read = set(known)
         gone = True
         with ThreadPoolExecutor(READ_THREADS) as pool:
             while gone:

@@ -29,6 +29,8 @@ from pipeline.store import Store, StoreError
 RUN_KEY = "run.json"
 """What the latest run set out to do: rows planned in all, and when (seconds since 1970)."""
 
+ROWS_REMEMBERED = 500
+"""After so many rows their statuses are kept: what a resumed run has to read one by one are at most so many."""
 _MANY_ROWS, _MANY_FILES = 100_000, 10_000
 _LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
@@ -128,11 +130,14 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
     Manifest(store).compact(least=_MANY_FILES)
     connect()
     limits = _Limits(job, plan.total)
-    for row in finished_rows(_settled(job, plan.total), plan.todo, model_revision):
+    rows = finished_rows(_settled(job, plan.total), plan.todo, model_revision)
+    for number, row in enumerate(rows, start=1):
         _check_goes_on(row)
         tally.count(row["status"])
         on_row(row)
         limits.check(row)
+        if number % ROWS_REMEMBERED == 0:
+            Manifest(store).remember()
     if job.kind == "build-bank":
         # Any other trouble is told by `ditflow bank list`, which makes the index as well.
         with suppress(StoreError):

@@ -477,3 +477,47 @@ def test_a_bank_of_another_job_is_looked_up_where_it_is(store, manifest):
 )
 def test_the_key_is_what_follows_the_root(uri, key):
     assert output_key(uri) == key
+
+
+# ------------------------------------------------------------------------------------------------- remembering
+
+
+def reads_of(manifest: Manifest, monkeypatch) -> list[str]:
+    keys, original = [], manifest.store.read
+    monkeypatch.setattr(manifest.store, "read", lambda key: keys.append(key) or original(key))
+    return keys
+
+
+def test_what_is_remembered_is_not_read_again(manifest, monkeypatch):
+    for name in ("a", "b"):
+        manifest.commit(failed(name))
+    manifest.remember()
+    manifest.commit(finished(manifest.store, "c"))
+    keys = reads_of(manifest, monkeypatch)
+    assert manifest.statuses() == {"a": "failed", "b": "failed", "c": "ok"}
+    assert [key for key in keys if key.startswith("manifest/")] == ["manifest/c.parquet"]
+
+
+def test_a_record_that_changed_after_it_was_remembered_is_read_again(manifest):
+    manifest.commit(failed("a"))
+    manifest.remember()
+    manifest.forget(["a"])
+    assert manifest.statuses() == {}
+    manifest.commit(finished(manifest.store, "a"))
+    assert manifest.statuses() == {"a": "ok"}
+
+
+def test_what_was_remembered_and_then_merged_counts_once(manifest):
+    for name in ("a", "b", "c"):
+        manifest.commit(failed(name))
+    manifest.remember()
+    manifest.compact()
+    manifest.commit(failed("d"))
+    assert manifest.statuses() == dict.fromkeys("abcd", "failed")
+
+
+def test_a_damaged_memory_is_no_memory(manifest):
+    manifest.commit(failed("a"))
+    manifest.remember()
+    manifest.store.put("statuses.parquet", b"PAR1 and no more")
+    assert manifest.statuses() == {"a": "failed"}
