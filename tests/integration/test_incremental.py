@@ -29,6 +29,10 @@ def made_small(preset: str, folder: Path, *changes: str) -> Path:
     return spec
 
 
+def by_id(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: row["row_id"])
+
+
 def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_its_rows(cluster, clips, tmp_path):
     places = (f"references.uri={clips}", f"output.uri={tmp_path / 'out'}")
     nightly = made_small("nightly-synthesis", tmp_path, *places)
@@ -46,7 +50,7 @@ def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_i
 
     after = Manifest(second.job.store()).read().to_pylist()
     added = [row for row in after if row["row_id"] not in {old["row_id"] for old in before}]
-    assert [row for row in after if row not in added] == sorted(before, key=[row["row_id"] for row in after].index)
+    assert by_id([row for row in after if row not in added]) == by_id(before)
     assert {row["row_id"] for row in added} == {row["row_id"] for row in rows}
     assert {Path(row["reference_uri"]).name for row in added} == {new}
     assert sorted(row["prompt"] for row in added) == sorted(first.job.prompts)
