@@ -7,6 +7,7 @@ from running import run
 
 from jobs.clips import render_clips
 from jobs.spec import PRESETS, load_spec
+from pipeline.job import Job
 from pipeline.manifest import Manifest
 from pipeline.measurements import Measurements
 from pipeline.plan import make_plan
@@ -29,8 +30,9 @@ def made_small(preset: str, folder: Path, *changes: str) -> Path:
     return spec
 
 
-def by_id(rows: list[dict]) -> list[dict]:
-    return sorted(rows, key=lambda row: row["row_id"])
+def rows_of(job: Job) -> dict[str, dict]:
+    """Every record of the manifest, by its row's id."""
+    return {row["row_id"]: row for row in Manifest(job.store()).read().to_pylist()}
 
 
 def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_its_rows(cluster, clips, tmp_path):
@@ -39,7 +41,7 @@ def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_i
     first, tally, _ = run(nightly)
     prompts = len(first.job.prompts)
     assert (tally.ok, tally.not_ok) == (2 * prompts, 0)
-    before = Manifest(first.job.store()).read().to_pylist()
+    before = rows_of(first.job)
 
     known = {clip.name for clip in clips.glob("*.mp4")}
     (clips / "renamed.mp4").write_bytes((clips / sorted(known)[0]).read_bytes())  # no new content
@@ -48,9 +50,9 @@ def test_the_nightly_job_makes_the_one_new_reference_and_its_manifest_grows_by_i
     second, tally, rows = run(nightly)
     assert (tally.ok, tally.not_ok) == (prompts, 0)
 
-    after = Manifest(second.job.store()).read().to_pylist()
-    added = [row for row in after if row["row_id"] not in {old["row_id"] for old in before}]
-    assert by_id([row for row in after if row not in added]) == by_id(before)
+    after = rows_of(second.job)
+    added = [row for row_id, row in after.items() if row_id not in before]
+    assert {row_id: after[row_id] for row_id in before} == before
     assert {row["row_id"] for row in added} == {row["row_id"] for row in rows}
     assert {Path(row["reference_uri"]).name for row in added} == {new}
     assert sorted(row["prompt"] for row in added) == sorted(first.job.prompts)
