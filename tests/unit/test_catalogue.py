@@ -78,7 +78,7 @@ def test_only_what_the_index_does_not_know_is_read_again(banks, reads):
     assert ids_of(banks) == ["left", "right", "up"]
     assert reads == []
     banks.store.put("down.safetensors", handmade_bank((0, 1)).to_bytes())
-    banks.store.put("up.safetensors", handmade_bank((0, -1), prompt="a much longer prompt").to_bytes())
+    banks.store.put("up.safetensors", handmade_bank((0, -1), prompt="a much longer prompt" * 20).to_bytes())
     banks.store.delete("left.safetensors")
     assert ids_of(banks) == ["down", "right", "up"]
     assert sorted(reads) == ["down.safetensors", "up.safetensors"]
