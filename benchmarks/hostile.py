@@ -9,6 +9,7 @@ benchmarks/results/hostile.json.
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import os
 import re
@@ -195,6 +196,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         line = f"{row['input']:48.47}{row['bytes']:>10} {row['status']:8}{kind:10}{peak:6.0f}{row['seconds']:7.2f}"
         print(f"{line}  {row['error_class'] or ''} {row['message']}"[:200])
     print(f"\nlargest peak: {max(row['peak_bytes'] for row in rows) / 1e6:.0f} MB")
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the table for people: every input, and its row or its message."""
+    lines = ["# What becomes of hostile input", "", "Made by `python -m benchmarks.reliability --parts hostile`.", ""]
+    lines += ["| input | comes to | peak MB | |", "|---|---|---|---|"]
+    for row in rows:
+        came = " ".join(filter(None, [row["status"], row["error_kind"], row["error_class"]]))
+        cells = [row["input"], came, f"{row['peak_bytes'] / 1e6:.0f}", row["message"]]
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(text: str) -> str:
+    """A text that is no markup, in a cell of a table."""
+    return html.escape(text).replace("|", "&#124;").replace("\n", " ").replace("*", "&#42;").replace("_", "&#95;")
 
 
 def main() -> None:

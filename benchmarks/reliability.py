@@ -33,7 +33,7 @@ from swift.server import SwiftServer
 
 from benchmarks.bench import RESULTS, command, machine, write_json
 from benchmarks.fuzz import TARGETS
-from benchmarks.hostile import hostile_table
+from benchmarks.hostile import as_markdown, hostile_table
 from jobs.spec import load_spec
 from pipeline.job import Job, Output
 from pipeline.manifest import MERGED, Manifest, parquet_bytes
@@ -207,7 +207,9 @@ def _peak_mib() -> int:
 
 def hostile(folder: Path, swift: SwiftServer) -> list[dict[str, Any]]:
     """Every kind of hostile input: its row or its message, and the reader's memory."""
-    return hostile_table()
+    rows = hostile_table()
+    (RESULTS / "hostile.md").write_text(as_markdown(rows))
+    return rows
 
 
 def fuzzing(folder: Path, swift: SwiftServer) -> list[dict[str, Any]]:
