@@ -59,12 +59,26 @@ def _factors(values: Float[Tensor, "steps tokens channels"], error: float) -> St
     precision."""
     steps, _, channels = values.shape
     matrix = values.transpose(0, 1).flatten(1)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()
-    rank = max(int((left_out > 0.9 * error * left_out[0]).sum()), 1)
+    u, s, v = _singular(matrix)
+    whole = matrix.double().square().sum()
+    left_out = (whole - s.double().square().cumsum(0)).clamp(min=0).sqrt()
+    rank = min(int((left_out > 0.9 * error * whole.sqrt()).sum()) + 1, len(s))
     root = s[:rank].sqrt()
-    left, right = u[:, :rank] * root, v[:rank].T * root
+    left, right = u[:, :rank] * root, v[:, :rank] * root
     return StepValues(left=left.half(), right=right.unflatten(0, (steps, channels)).half())
+
+
+def _singular(matrix: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular vectors and values of a matrix; of a large one, which would take hours, the first ones."""
+    if min(matrix.shape) <= _EXACT_RANK:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, vh.T
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # it begins with random directions: always the same
+        return torch.svd_lowrank(matrix, q=_MOST_RANK, niter=4)
+
+
+_EXACT_RANK, _MOST_RANK = 1500, 128
 
 
 def _relative_error(form: StepValues, values: Float[Tensor, "steps tokens channels"]) -> float:
