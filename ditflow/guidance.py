@@ -106,10 +106,11 @@ class Guidance:
         """
         for draft in drafts:
             draft.injected = self._injected(draft, timestep)
-        own = self.positions.start()
         if self.bank is not None:
-            stored = {part: value.to(own[part].device) for part, value in self.bank.change(step).items()}
+            device = drafts[0].latents.device
+            stored = {part: value.to(device) for part, value in self.bank.change(step).items()}
             return Steered(self.positions.embedding(stored))
+        own = self.positions.start()
         if self.method.loss is None:
             return Steered(self.positions.embedding(own))
         rate = self.method.learning_rates(self.guided_steps)[step]

@@ -35,7 +35,7 @@ from pipeline.record import (
     make_row,
     rows_to_table,
 )
-from pipeline.store import Store, StoreMissingError, list_uris, patiently, sha256_of
+from pipeline.store import Entry, Store, StoreMissingError, list_uris, patiently, sha256_of
 
 FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
@@ -116,9 +116,9 @@ class Manifest:
         For the one run that works on the output.
         """
         # Listed first: a record that changes from now on is another than the one that is listed.
-        single, entries = self._keys_by_kind()[0], self.store.entries(FOLDER)
+        entries = self._entries()
         statuses = self.statuses()
-        kept = [key for key in single if key in entries and _row_id(key) in statuses]
+        kept = [key for key in entries if not _row_id(key).startswith(MERGED) and _row_id(key) in statuses]
         columns = {
             "key": pa.array(kept, pa.string()),
             "bytes": pa.array([entries[key].bytes for key in kept], pa.int64()),
@@ -221,13 +221,17 @@ class Manifest:
 
     # ------------------------------------------------------------------------------------------ files
 
-    def _keys(self) -> list[str]:
+    def _entries(self) -> dict[str, Entry]:
+        """Return what the storage's listing says of every manifest file, by its key."""
         # Names with a leading dot or underscore are for tools, by the convention of Parquet readers.
-        return [
-            key
-            for key in self.store.list(FOLDER)
+        return {
+            key: entry
+            for key, entry in self.store.entries(FOLDER).items()
             if key.endswith(".parquet") and not key.rsplit("/", 1)[-1].startswith((".", "_"))
-        ]
+        }
+
+    def _keys(self) -> list[str]:
+        return [*self._entries()]
 
     def _remembered(self) -> dict[str, str]:
         """Return {key: status} of the records that are as `remember` has read them."""
@@ -236,7 +240,7 @@ class Manifest:
             known = {row["key"]: (row["bytes"], row["written"], row["status"]) for row in rows}
         except (StoreMissingError, pa.ArrowException, KeyError):
             return {}  # it is only a copy
-        entries = self.store.entries(FOLDER) if known else {}
+        entries = self._entries() if known else {}
         return {
             key: status
             for key, (size, written, status) in known.items()
