@@ -20,6 +20,7 @@ from jobs.shipping import SPEC_FILE, LaunchError, pack
 SECONDS_BETWEEN_LOOKS = 2.0
 _PATIENCE_S = 300.0
 _STOPPED = 1
+_LOG_LOST = "The end of its log could not be read."
 
 
 def submit(client: Any, job: Path, overrides: Sequence[str]) -> str:
@@ -73,20 +74,23 @@ def follow(client: Any, job_id: str, show: Callable[[str], None], say: Callable[
     A connection that breaks is made again, and what was shown is not shown twice. Raises LaunchError when the cluster
     does not answer for minutes, and for an id that it does not know.
     """
-    log, silent_since = _Log(show), None
+    log, silent_since, ended_at = _Log(show), None, None
     while True:
         try:
             info = client.get_job_info(job_id)
-            silent_since = None
-            asyncio.run(log.read(client, job_id))
-            if info.status.is_terminal():
-                return _exit_status(info, job_id, say)
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        except (RuntimeError, OSError) as error:
             if "does not exist" in str(error):
                 raise LaunchError(f"the cluster knows no job {job_id}: {error}".strip()) from error
             if silent_since is not None and time.monotonic() - silent_since > _PATIENCE_S:
                 raise LaunchError(f"the cluster has not answered for {_PATIENCE_S:.0f} s: {error}") from error
             silent_since = silent_since or time.monotonic()
+        else:
+            silent_since = None
+            whole = asyncio.run(log.read(client, job_id))
+            if info.status.is_terminal():
+                ended_at = ended_at or time.monotonic()
+                if whole or time.monotonic() - ended_at > _PATIENCE_S:
+                    return _exit_status(info, job_id, say if whole else lambda text: say(f"{text} {_LOG_LOST}"))
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -96,15 +100,19 @@ class _Log:
     def __init__(self, show: Callable[[str], None]):
         self._show, self._shown = show, 0
 
-    async def read(self, client: Any, job_id: str) -> None:
-        """Show what is new until the job has ended, or the connection breaks, which raises."""
+    async def read(self, client: Any, job_id: str) -> bool:
+        """Show what is new until the job has ended; return whether it did so before the connection broke."""
         seen = 0
-        async for piece in client.tail_job_logs(job_id):
-            new = piece[max(0, self._shown - seen) :]
-            seen += len(piece)
-            if new:
-                self._show(new)
-                self._shown = seen
+        try:
+            async for piece in client.tail_job_logs(job_id):
+                new = piece[max(0, self._shown - seen) :]
+                seen += len(piece)
+                if new:
+                    self._show(new)
+                    self._shown = seen
+        except (RuntimeError, OSError, aiohttp.ClientError):
+            return False
+        return True
 
 
 def _exit_status(info: Any, job_id: str, say: Callable[[str], None]) -> int:

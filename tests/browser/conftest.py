@@ -16,7 +16,7 @@ PATIENCE_S = 60  # of a machine that has other work: no test waits for it when a
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright is there, its event loop runs, and nobody else's can
 def browser() -> Iterator[Browser]:
     """Debian's package chromium; Playwright's own downloads are not used."""
     path = shutil.which("chromium")

@@ -130,3 +130,22 @@ def test_a_cluster_that_stays_away_is_given_up(api, monkeypatch):
 def test_breaks_of_a_cluster_that_answers_between_them_are_no_silence(api, monkeypatch):
     monkeypatch.setattr(jobapi, "_PATIENCE_S", 0)
     assert follow(api)[:2] == (0, "".join(LOG))
+
+
+@pytest.mark.parametrize("api", [{"cuts": [2] * 1000, "ends": WELL}], indirect=True)
+def test_a_log_that_stays_broken_keeps_nobody_from_the_status(api, monkeypatch):
+    monkeypatch.setattr(jobapi, "_PATIENCE_S", 0.2)
+    api.ended = True
+    status, shown, said = follow(api)
+    assert (status, shown) == (0, "".join(LOG[:2]))
+    assert "The end of its log could not be read" in said[-1]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize("api", [{"cuts": [], "ends": WELL}], indirect=True)
+def test_an_event_loop_that_runs_already_is_an_error_and_no_broken_connection(api):
+    async def inside() -> None:
+        follow(api)
+
+    with pytest.raises(RuntimeError, match="running event loop"):
+        asyncio.run(inside())
