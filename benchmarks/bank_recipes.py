@@ -1,9 +1,10 @@
 """How motion banks are best learned: `python -m benchmarks.bank_recipes`.
 
 Part `recipes` learns banks of the same held-out references in several ways, and reuses each with two prompts and noise
-that it has not seen. Part `zero-shot` does so for the default way alone, over more references. Beside them, with the
-same prompts and noise: plain generation, and guidance that optimises the positions for every video (the paper's). Part
-`compaction` keeps less and less of the same banks. Means come with 95 % bootstrap intervals over references, and
+that it has not seen. Part `sweep` varies rate, penalties, length and loss of one way, and part `combined` puts together
+what helped. Part `zero-shot` measures the default way alone, over more references. Beside them, with the same prompts
+and noise: plain generation, and guidance that optimises the positions for every video (the paper's). Part `compaction`
+keeps less and less of the same banks. Means come with 95 % bootstrap intervals over references, and
 paired differences. Part `sizes` counts bytes at the shapes of CogVideoX. Figures go to
 benchmarks/results/bank-recipes.json; models and parts that are not measured again keep theirs.
 """
@@ -19,25 +20,30 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.bench import RESULTS, command, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, start_workers, summary
 from ditflow import transfer_motion
 from ditflow.backbones.base import Backbone
 from ditflow.bank import BankHeader, MotionBank
+from ditflow.guidance import Draft, Guidance
 from ditflow.metrics.statistics import paired_difference
 from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, with_appearance_of
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, settings_dict
 from ditflow.transfer import learn_bank
-from ditflow.types import TokenGrid
+from ditflow.types import PositionEmbedding, TokenGrid
 
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
 DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
 GUIDED = MethodSettings(optimize="position")
+REUSED = MethodSettings(optimize="position")
+"""Of a bank: its reference is injected, and nothing optimised."""
 RECIPES = {
     "position, as the paper": MethodSettings(optimize="position"),
     "position, measured in the pass, 4 drafts": MethodSettings(optimize="position", iterations=10, drafts=4),
@@ -50,6 +56,28 @@ RECIPES = {
     "coordinates, lasting": DEFAULT,
 }
 MOVED = "coordinates, moved along the flow, not learned"
+BASE = replace(DEFAULT, guided_steps=10, stay=0.0)
+SWEEP = {
+    "base": BASE,
+    "rate / 3": replace(BASE, learning_rate=(0.05, 0.025)),
+    "rate x 2": replace(BASE, learning_rate=(0.3, 0.15)),
+    "stay 0.1": replace(BASE, stay=0.1),
+    "smooth 0.1": replace(BASE, smooth=0.1),
+    "smooth 1": replace(BASE, smooth=1.0),
+    "20 iterations": replace(BASE, iterations=20),
+    "7 guided steps": replace(BASE, guided_steps=7),
+    "5 guided steps": replace(BASE, guided_steps=5),
+}
+COMBINED = {
+    "base": BASE,
+    "stay 0.1": replace(BASE, stay=0.1),
+    "5 guided steps": replace(BASE, guided_steps=5),
+    "stay 0.1, 7 guided steps": replace(BASE, stay=0.1, guided_steps=7),
+    "stay 0.1, 5 guided steps": replace(BASE, stay=0.1, guided_steps=5),
+    "stay 0.3, 5 guided steps": replace(BASE, stay=0.3, guided_steps=5),
+}
+"""The two that helped in the sweep, together."""
+AVERAGED = "the mean of all steps in each"
 ERRORS = (0.01, 0.03, 0.1, 0.3)
 FIGURES = ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
 WORDS = ("colour", "shape", "background")
@@ -62,12 +90,56 @@ def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) 
     """Score the reuse of banks that were learned in several ways, plain generation and guidance for every video."""
     backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
     banks = {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
-    if len(recipes) > 1:
+    if recipes.keys() == RECIPES.keys():
         banks[MOVED] = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
     return {
         "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
         "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
-        **{name: mean_scores(backbone, clip, seed, bank, GUIDED) for name, bank in banks.items()},
+        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
+    }
+
+
+class BothLosses(Guidance):
+    """The motion is measured in the pass and in the predicted video, with the mean of both as the loss."""
+
+    def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
+        other = replace(self, method=replace(self.method, measured="pass"))
+        return (super()._loss(timestep, draft, position) + Guidance._loss(other, timestep, draft, position)) / 2
+
+
+class LevelsAround(Guidance):
+    """Every iteration sees the draft at another noise level, up to two steps above or below that of the step."""
+
+    def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
+        timesteps = draft.solver.timesteps.tolist()
+        around = timesteps.index(timestep) + int(torch.randint(-2, 3, (), generator=draft.generator))
+        level = int(timesteps[min(max(around, 0), len(timesteps) - 1)])
+        with torch.no_grad():
+            clean = self._predicted(timestep, draft, position)
+        latents = draft.solver.add_noise(clean, draft.noise, level)
+        return super()._loss(level, replace(draft, latents=latents), position)
+
+
+LOSSES: Mapping[str, type[Guidance]] = {
+    "measured in the pass and in the prediction": BothLosses,
+    "noise levels around each step": LevelsAround,
+}
+
+
+def sweep_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Score the reuse of banks that were learned with other rates, penalties, lengths and losses than the base."""
+    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+    banks = {name: learned(backbone, clip, method, seed) for name, method in SWEEP.items()}
+    base = banks["base"]
+    means = {part: values.whole.mean(dim=0) for part, values in base.parts.items() if values.whole is not None}
+    banks[AVERAGED] = MotionBank.of(base.header, [means] * base.guided_steps, base.latents)
+    for name, guidance in LOSSES.items():
+        with mock.patch("ditflow.transfer.Guidance", guidance):
+            banks[name] = learned(backbone, clip, BASE, seed)
+    return {
+        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
+        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
+        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
     }
 
 
@@ -80,7 +152,7 @@ def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
         for error in (0.0, *ERRORS):
             kept = bank.compacted(error)
             smaller = fp32_bytes(backbone, bank) / sum(values.nbytes for values in kept.parts.values())
-            reused = mean_scores(backbone, clip, seed, kept, GUIDED)
+            reused = mean_scores(backbone, clip, seed, kept, REUSED)
             scores[f"{name}, error {error:g}"] = {**reused, "times smaller": smaller}
     return scores
 
@@ -211,6 +283,8 @@ def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
 PARTS = {
     "zero-shot": lambda model: partial(recipe_scores, model, {"coordinates, lasting": DEFAULT}),
     "recipes": lambda model: partial(recipe_scores, model, RECIPES),
+    "sweep": lambda model: partial(sweep_scores, model),
+    "combined": lambda model: partial(recipe_scores, model, COMBINED),
     "compaction": lambda model: partial(compaction_scores, model),
 }
 
