@@ -38,7 +38,7 @@ PAGES = [*RUN_PAGES, *READ_PAGES]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 OF_BASH = [block for block in BLOCKS if block.language == "bash"]
 OF_YAML = [block for block in BLOCKS if block.language == "yaml"]
-MOST_MARKED = 16
+MOST_MARKED = 8
 MOST_PICTURE_BYTES = 300_000
 TROUBLES = ROOT / "docs/troubleshooting.md"
 
