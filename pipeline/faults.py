@@ -210,12 +210,16 @@ def retry_faults(
 
     Raises the function's own error: the last one, or at once one that is not transient.
     """
+
+    def told(state: tenacity.RetryCallState) -> None:
+        on_retry(_error_of(state))
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=tenacity.wait_random_exponential(multiplier=base_seconds, max=max_seconds),
         retry=tenacity.retry_if_exception(lambda error: classify(error).kind == "transient"),
         sleep=sleep,
-        before_sleep=lambda state: on_retry(_error_of(state)),
+        before_sleep=told,
         reraise=True,
     )
     return retrying(function)

@@ -176,7 +176,6 @@ class Desk:
     @contextmanager
     def _deadline(self, work_id: str, stage: Stage) -> Iterator[None]:
         """End this process if the block takes too long; also let go of a failed block's tensors."""
-
         expire = partial(_end_process, partial(self._expire, work_id, stage))
         watchdog = threading.Timer(self.job.faults.row_deadline_s, expire)
         watchdog.daemon = True
