@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -308,7 +308,7 @@ def _run_rows(spec: ReadySpec, planned: Plan, as_json: bool) -> int:
     """Do the rows of a plan, showing each as it ends; return how many failed."""
     from pipeline.run import run_plan
 
-    with _shown_rows(spec.job.name, len(planned.todo), as_json) as on_row:
+    with _shown_rows(spec.job, len(planned.todo), as_json, planned.motions) as on_row:
         tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row)
     screen.print(
         f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
@@ -317,11 +317,13 @@ def _run_rows(spec: ReadySpec, planned: Plan, as_json: bool) -> int:
 
 
 @contextmanager
-def _shown_rows(job: str, rows: int, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _shown_rows(
+    job: Job, rows: int, as_json: bool, motions: Collection[str] = ()
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Show a job's progress; what it lends takes each row as it ends."""
-    from jobs.display import RowProgress
+    from jobs.progress import RowProgress
 
-    with RowProgress(job, rows, screen) as progress:
+    with RowProgress(job.name, rows, screen, job.store(), motions) as progress:
 
         def on_row(row: dict[str, Any]) -> None:
             progress.show(row)
@@ -342,7 +344,7 @@ def _evaluate_job(job: Job, as_json: bool) -> bool:
     from pipeline.run import run_evaluation
 
     tasks = _to_measure(job)
-    with _shown_rows(job.name, len(tasks), as_json) as on_row:
+    with _shown_rows(job, len(tasks), as_json) as on_row:
         tally = run_evaluation(job, tasks, on_row)
     return tally.not_ok == 0
 
@@ -399,15 +401,19 @@ def submit(
 @app.command()
 def status(
     output: Annotated[str, typer.Argument(help="Output folder of a job.")],
+    watch: Annotated[float | None, typer.Option(help="Again after so many seconds, until the job is at rest.")] = None,
     storage: StorageOption = "{}",
     as_json: JsonFlag = False,
 ) -> None:
-    """Show how far a job is: rows by status, losses, rows per hour, time left."""
-    from jobs.display import job_status, print_status
+    """Show how a job goes, from its output alone: who runs it, rows, pace, losses, times, what is in flight, failures.
 
+    \b
+    ditflow status s3://bucket/runs/running-things --watch 60
+    """
     with expected_errors():
-        facts = job_status(_store(output, storage))
-        _emit(**facts) if as_json else print_status(facts, screen)
+        from jobs.status import show_status
+
+        show_status(_store(output, storage), screen, as_json, watch)
 
 
 @app.command()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from jobs.display import printable
 from jobs.spec import SpecError, read_saved
+from jobs.table import printable
 from pipeline.job import Job, Output
 from pipeline.report import Report, write_report
 from pipeline.store import Store, StoreMissingError

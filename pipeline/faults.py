@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from pipeline.store import Store, StoreError, StoreMissingError, StoreUnwritable
 
 MESSAGE_CHARACTERS = 2000
 FOLDER = "attempts"
+_READ_THREADS = 16  # waiting for storage, not computing
 
 _Result = TypeVar("_Result")
 
@@ -197,22 +199,37 @@ def retry_faults(
     base_seconds: float,
     max_seconds: float,
     sleep: Callable[[float], None] = time.sleep,
+    on_retry: Callable[[BaseException], object] = lambda error: None,
 ) -> _Result:
     """Return `function()`, calling it again after a transient fault, at most `attempts` times in all.
+
+    on_retry: told of every error that leads to another try, before it.
 
     Waits a random time up to `base_seconds`, then twice that, four times, ... never above `max_seconds`: many
     workers that failed together must not come back together.
 
     Raises the function's own error: the last one, or at once one that is not transient.
     """
+
+    def told(state: tenacity.RetryCallState) -> None:
+        on_retry(_error_of(state))
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=tenacity.wait_random_exponential(multiplier=base_seconds, max=max_seconds),
         retry=tenacity.retry_if_exception(lambda error: classify(error).kind == "transient"),
         sleep=sleep,
+        before_sleep=told,
         reraise=True,
     )
     return retrying(function)
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    assert error is not None
+    return error
 
 
 class Ledger:
@@ -286,6 +303,20 @@ class Ledger:
     def unfinished(self) -> dict[str, int]:
         """Return the number of tries by row id of every row that was begun and not ended."""
         return dict(Counter(key.split("/")[1] for key in self.store.list(FOLDER) if key.endswith(".json")))
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """Return what `begin` stored for the latest try of all that was begun and not ended, the oldest first."""
+        keys = sorted((key for key in self.store.list(FOLDER) if key.endswith(".json")), key=_by_number)
+        latest = {key.split("/")[1]: key for key in keys}
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            markers = [marker for marker in pool.map(self._marker, latest.values()) if marker is not None]
+        return sorted(markers, key=lambda marker: marker["started_at"])
+
+    def _marker(self, key: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.store.read(key))
+        except StoreMissingError:  # it has ended
+            return None
 
     def _claim(self, row_id: str, number: int, token: str, info: Mapping[str, Any]) -> bool:
         started_at = datetime.now(UTC).isoformat()

@@ -15,6 +15,7 @@ from ditflow.metrics.base import MetricSettings
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
 from ditflow.video import MAX_PIXELS_PER_FRAME
 from pipeline.faults import Policy
+from pipeline.logs import LogSettings
 from pipeline.store import Store, read_uri
 
 TAGS = "words without ';' and without spaces around them, of at most 100 characters"
@@ -224,6 +225,7 @@ class Job:
 
     methods: several methods to compare, by names of your own: every row is made with each of them. They take from
     `method` what they leave out. tags: words of your own for the banks of a `build-bank` job; they decide no row's id.
+    log: json, text or off (which YAML reads as false), with a level if it is not info: json:debug; see `pipeline.logs`.
     """
 
     kind: Literal["extract", "synthesize", "build-bank", "reuse", "evaluate"]
@@ -243,8 +245,10 @@ class Job:
     faults: Policy = field(default_factory=Policy)
     storage_options: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    log: str | Literal[False] | None = None
 
     def __post_init__(self) -> None:
+        LogSettings.parse(self.log, "log")
         if not all(map(is_tag, self.tags)):
             raise SettingsError("tags", self.tags, TAGS)
         if self.tags and self.kind != "build-bank":

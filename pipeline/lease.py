@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 
+from pipeline.logs import ERROR, event
 from pipeline.store import Store, StoreError, StoreMissingError
 
 FOLDER = "lease"
@@ -59,10 +60,13 @@ class Holder:
     @property
     def surely_dead(self) -> bool:
         """Whether its process is known to be gone: it was on this machine, and is not there, or is this one."""
+        return self.is_gone or (self.host == socket.gethostname() and self.pid == os.getpid())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process was on this machine and is there no more."""
         if self.host != socket.gethostname():
             return False
-        if self.pid == os.getpid():
-            return True
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -70,6 +74,29 @@ class Holder:
         except PermissionError:
             return False
         return False
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lease as its file tells of it. renewed_at: by the storage's clock, if it tells."""
+
+    holder: Holder
+    renewed_at: datetime | None
+
+
+def held(store: Store) -> Held | None:
+    """Return the newest lease on an output, or None if nobody holds one.
+
+    Nothing is waited for, so it may be that of a run that is dead.
+    """
+    found = store.entries(FOLDER)
+    if not found:
+        return None
+    key = max(found)
+    try:
+        return Held(Holder(**json.loads(store.read(key))), found[key].written)
+    except StoreMissingError:
+        return None
 
 
 class Lease:
@@ -94,6 +121,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._holder = self._acquired()
+        event("lease_taken", number=self._holder.number)
         self._thread.start()
         return self
 
@@ -103,6 +131,7 @@ class Lease:
         for number in sorted(self._numbers()):
             if number <= self._holder.number:
                 self._store.delete(_key(number))
+        event("lease_given_back", number=self._holder.number)
 
     def check(self) -> None:
         """Raise LeaseLostError if this run must not go on."""
@@ -156,6 +185,7 @@ class Lease:
 
     def _lose(self, reason: str) -> None:
         self._lost = reason
+        event("lease_lost", ERROR, number=self._holder.number, reason=reason)
         # Shells start background processes with SIGINT ignored; then nobody would be interrupted by it.
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
         _thread.interrupt_main(handled[0] if handled else signal.SIGINT)

@@ -99,13 +99,18 @@ class Manifest:
         wanted = list(COLUMN_NAMES if columns is None else columns)
         check_columns(wanted)
         needed = list(dict.fromkeys(["row_id", *wanted]))
-        tables = [table for _, table in self._tables(needed)]
-        return _once_each(pa.concat_tables([_schema(needed).empty_table(), *tables])).select(wanted)
+        tables = [table for _, table in self.tables(needed)]
+        return once_each(pa.concat_tables([_schema(needed).empty_table(), *tables])).select(wanted)
+
+    @staticmethod
+    def empty(columns: Iterable[str]) -> Any:
+        """Return a table of these columns without rows."""
+        return _schema(columns).empty_table()
 
     def statuses(self) -> dict[str, str]:
         """Return the status of every recorded row by its id. Records that `remember` has read are not read again."""
         remembered = self._remembered()
-        tables = [table for _, table in self._tables(["row_id", "status"], known=remembered)]
+        tables = [table for _, table in self.tables(["row_id", "status"], known=remembered)]
         table = pa.concat_tables([_schema(["row_id", "status"]).empty_table(), *tables])
         read = zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True)
         return {**{_row_id(key): status for key, status in remembered.items()}, **dict(read)}
@@ -116,7 +121,7 @@ class Manifest:
         For the one run that works on the output.
         """
         # Listed first: a record that changes from now on is another than the one that is listed.
-        entries = self._entries()
+        entries = self.entries()
         statuses = self.statuses()
         kept = [key for key in entries if not _row_id(key).startswith(MERGED) and _row_id(key) in statuses]
         columns = {
@@ -139,7 +144,7 @@ class Manifest:
         """Return a row that was recorded since the manifest was merged last, or None; one request."""
         key = _key(row_id)
         try:
-            return self._load(key).to_pylist()[0]
+            return self.load(key).to_pylist()[0]
         except StoreMissingError:
             return None
 
@@ -151,7 +156,7 @@ class Manifest:
         Raises ManifestError if one of the rows is ok: its output would be made twice.
         """
         asked = {check_row_id(row_id) for row_id in row_ids}
-        files = [(key, table) for key, table in self._tables() if asked & set(table["row_id"].to_pylist())]
+        files = [(key, table) for key, table in self.tables() if asked & set(table["row_id"].to_pylist())]
         hits = [row for _, table in files for row in table.to_pylist() if row["row_id"] in asked]
         _refuse_ok(hits)
         for key, table in files:
@@ -171,7 +176,7 @@ class Manifest:
         single, merged = self._keys_by_kind()
         if len(single) < least:
             return 0
-        known = {row_id for key in merged for row_id in self._load(key, ["row_id"])["row_id"].to_pylist()}
+        known = {row_id for key in merged for row_id in self.load(key, ["row_id"])["row_id"].to_pylist()}
         # What an interrupted merge has left: the row stands in the merged file already.
         done = [key for key in single if _row_id(key) in known]
         left = [key for key in single if _row_id(key) not in known]
@@ -179,7 +184,7 @@ class Manifest:
             list(pool.map(self.store.delete, done))
             for start in range(0, len(left), rows_per_file):
                 parts = left[start : start + rows_per_file]
-                table = pa.concat_tables(pool.map(self._load, parts))
+                table = pa.concat_tables(pool.map(self.load, parts))
                 name = sha256("".join(map(_row_id, parts)).encode()).hexdigest()[:24]
                 self.store.put(f"{FOLDER}/{MERGED}{name}.parquet", parquet_bytes(table))
                 list(pool.map(self.store.delete, parts))
@@ -191,9 +196,9 @@ class Manifest:
         For a job at rest: an output is there before its record is.
         Raises ManifestError for an unreadable manifest file, since it may name outputs; nothing is removed then.
         """
-        rows = [row for _, table in self._tables() for row in table.to_pylist()]
+        rows = [row for _, table in self.tables() for row in table.to_pylist()]
         single, merged = self._keys_by_kind()
-        known = {row_id for key in merged for row_id in self._load(key, ["row_id"])["row_id"].to_pylist()}
+        known = {row_id for key in merged for row_id in self.load(key, ["row_id"])["row_id"].to_pylist()}
         twice = [Problem(_row_id(key), "row_duplicate", f"{key}: merged before", key) for key in single]
         twice = [problem for problem in twice if problem.row_id in known]
         orphans = _orphans(rows, self._output_sizes())
@@ -209,7 +214,7 @@ class Manifest:
         not searched while a manifest file is unreadable, since it may name them.
         """
         unreadable: list[Problem] = []
-        tables = list(self._tables(on_error=lambda key, error: unreadable.append(_unreadable(key, error))))
+        tables = list(self.tables(on_error=lambda key, error: unreadable.append(_unreadable(key, error))))
         rows = [row for _, table in tables for row in table.to_pylist()]
         sizes = self._output_sizes()
         finished = [row for row in _distinct(rows) if row["status"] == "ok"]
@@ -221,7 +226,7 @@ class Manifest:
 
     # ------------------------------------------------------------------------------------------ files
 
-    def _entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, Entry]:
         """Return what the storage's listing says of every manifest file, by its key."""
         # Names with a leading dot or underscore are for tools, by the convention of Parquet readers.
         return {
@@ -231,7 +236,7 @@ class Manifest:
         }
 
     def _keys(self) -> list[str]:
-        return [*self._entries()]
+        return [*self.entries()]
 
     def _remembered(self) -> dict[str, str]:
         """Return {key: status} of the records that are as `remember` has read them."""
@@ -240,7 +245,7 @@ class Manifest:
             known = {row["key"]: (row["bytes"], row["written"], row["status"]) for row in rows}
         except (StoreMissingError, pa.ArrowException, KeyError):
             return {}  # it is only a copy
-        entries = self._entries() if known else {}
+        entries = self.entries() if known else {}
         return {
             key: status
             for key, (size, written, status) in known.items()
@@ -257,10 +262,11 @@ class Manifest:
         merged = [key for key in keys if _row_id(key).startswith(MERGED)]
         return sorted(set(keys) - set(merged)), merged
 
-    def _load(self, key: str, columns: Iterable[str] = COLUMN_NAMES) -> Any:
+    def load(self, key: str, columns: Iterable[str] = COLUMN_NAMES) -> Any:
+        """Return the rows of one of the manifest's files; StoreMissingError if it is gone."""
         return _decode(key, self.store.read(key), columns)
 
-    def _tables(
+    def tables(
         self,
         columns: Iterable[str] = COLUMN_NAMES,
         on_error: Callable[[str, ManifestError], None] | None = None,
@@ -276,7 +282,7 @@ class Manifest:
         def load(key: str) -> tuple[str, Any, bool]:
             """Return the key, its table if there is one, and whether the file is gone."""
             try:
-                return key, self._load(key, wanted), False
+                return key, self.load(key, wanted), False
             except StoreMissingError:
                 return key, None, True
             except ManifestError as error:
@@ -428,7 +434,7 @@ def _schema(columns: Iterable[str]) -> Any:
     return pa.schema([SCHEMA.field(name) for name in columns], metadata=SCHEMA.metadata)
 
 
-def _once_each(table: Any) -> Any:
+def once_each(table: Any) -> Any:
     """Return the table with the first of the rows of each id, in order."""
     numbered = pa.table({"row_id": table["row_id"], "position": pa.array(range(table.num_rows), pa.int64())})
     firsts = numbered.group_by("row_id").aggregate([("position", "min")])["position_min"]

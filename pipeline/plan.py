@@ -93,11 +93,18 @@ class Plan:
     """Ids of rows to do that have ended before: their records are forgotten when the run begins."""
     duplicates: int = 0
     """Planned rows whose content is that of another row: made once, and of the first one's class."""
+    kept: int = 0
+    """Rows of the manifest, of earlier plans too, that a run of this plan leaves as they are."""
 
     @property
     def total(self) -> int:
         """Rows of the job."""
         return len(self.todo) + sum(self.ended.values())
+
+    @property
+    def motions(self) -> set[str]:
+        """Ids of the motions that the rows to do need."""
+        return {row.motion_id for row in self.todo if row.motion_id is not None}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -129,7 +136,8 @@ def make_plan(job: Job, model_revision: str, retry: Sequence[str] = ()) -> Plan:
             todo.append(planner.work(row_id, made_of))
             if status is not None:
                 retried.append(row_id)
-    return Plan(todo, ended, retried, duplicates=len(combinations) * len(job.variants) - len(planned))
+    duplicates = len(combinations) * len(job.variants) - len(planned)
+    return Plan(todo, ended, retried, duplicates, kept=len(recorded) - len(retried))
 
 
 class _Planner:

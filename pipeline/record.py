@@ -92,6 +92,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("versions_json", _TEXT, "JSON", "versions of the software used"),
     Column("execution_json", _TEXT, "JSON", "how it was run: checkpointing, serial CFG, attention, threads"),
 )
+PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
+"""What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""
 COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 SCHEMA: Any = pa.schema(
     [pa.field(c.name, c.type, metadata={"unit": c.unit, "meaning": c.meaning}) for c in COLUMNS],

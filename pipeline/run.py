@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import ray
 
@@ -19,15 +18,15 @@ from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
 from pipeline.lease import Holder, Lease
+from pipeline.logs import ERROR, begin, chosen, event
 from pipeline.manifest import Manifest
 from pipeline.measurements import Task
 from pipeline.plan import Plan
+from pipeline.relay import relayed
 from pipeline.stages.attempt import STOPPED
 from pipeline.stages.read import Row
+from pipeline.status import RUN_KEY, Run
 from pipeline.store import Store, StoreError
-
-RUN_KEY = "run.json"
-"""What the latest run set out to do: rows planned in all, and when (seconds since 1970)."""
 
 ROWS_REMEMBERED = 500
 """After so many rows their statuses are kept: what a resumed run has to read one by one are at most so many."""
@@ -62,11 +61,13 @@ def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
 
     Raises LeaseHeldError, after a while of which `on_wait` is told, and LeaseLostError.
     """
+    _logged(job)
     store = Store(job.output.uri, job.storage_options)  # a lease has no time for patience
     with Lease(store, job.faults.lease_s, on_wait) as lease:
         try:
             yield
-        except (KeyboardInterrupt, JobStoppedError):
+        except (KeyboardInterrupt, JobStoppedError) as stop:
+            event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
             ray.shutdown()
             lease.check()
             with suppress(StoreError):  # it may be what stopped the job
@@ -121,29 +122,38 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
     Raises JobStoppedError for what would meet every row: a model that cannot load, storage that refuses, too many
     failures.
     """
-    tally = Tally()
+    tally, job, started = Tally(), _logged(job), time.perf_counter()
     if not plan.todo:
         return tally
     store = job.store()
     store.put("job.yaml", spec_yaml.encode())
-    store.put(RUN_KEY, json.dumps({"planned": plan.total, "started_at": time.time()}).encode())
+    store.put(RUN_KEY, _begun(job, plan).to_json())
     Manifest(store).forget(plan.retried)
     Manifest(store).compact(least=_MANY_FILES)
     connect()
+    event("run_begun", kind=job.kind, rows=plan.total, todo=len(plan.todo), output=store.uri, model=model_revision)
     limits = _Limits(job, plan.total)
-    rows = finished_rows(_settled(job, plan.total), plan.todo, model_revision)
-    for number, row in enumerate(rows, start=1):
-        _check_goes_on(row)
-        tally.count(row["status"])
-        on_row(row)
-        limits.check(row)
-        if number % ROWS_REMEMBERED == 0:
-            Manifest(store).remember()
+    with relayed(job.log):
+        rows = finished_rows(_settled(job, plan.total), plan.todo, model_revision)
+        for number, row in enumerate(rows, start=1):
+            _check_goes_on(row)
+            tally.count(row["status"])
+            on_row(row)
+            limits.check(row)
+            if number % ROWS_REMEMBERED == 0:
+                Manifest(store).remember()
     if job.kind == "build-bank":
         # Any other trouble is told by `ditflow bank list`, which makes the index as well.
         with suppress(StoreError):
             Catalogue.at(job.output.uri, job.storage_options, job.faults.storage_patience_s).refresh()
+    event("run_ended", **asdict(tally), seconds=time.perf_counter() - started)
     return tally
+
+
+def _begun(job: Job, plan: Plan) -> Run:
+    """What a run that begins now sets out to do."""
+    motions = len(plan.motions)
+    return Run(plan.total, time.time(), len(plan.todo), plan.kept, motions, job.faults.lease_s)
 
 
 def _check_goes_on(row: Row) -> None:
@@ -181,15 +191,25 @@ class _Limits:
 
 def run_evaluation(job: Job, tasks: list[Task], on_row: Callable[[Row], None]) -> Tally:
     """Measure the finished rows of a job and return how that ended; rows that failed can be measured again."""
-    tally = Tally()
+    tally, job, started = Tally(), _logged(job), time.perf_counter()
     if not tasks:
         return tally
     connect()
-    for row in evaluated_rows(job, tasks):
-        _check_goes_on(row)
-        tally.count(row["status"])
-        on_row(row)
+    event("run_begun", kind="evaluate", rows=len(tasks), todo=len(tasks), output=job.output.uri)
+    with relayed(job.log):
+        for row in evaluated_rows(job, tasks):
+            _check_goes_on(row)
+            tally.count(row["status"])
+            on_row(row)
+    event("run_ended", **asdict(tally), seconds=time.perf_counter() - started)
     return tally
+
+
+def _logged(job: Job) -> Job:
+    """Begin this process's log of a job, as its environment or the spec asks; return the job as its workers get it."""
+    asked = replace(job, log=chosen(job.log))
+    begin(asked.log, asked.name)
+    return asked
 
 
 def _settled(job: Job, rows: int) -> Job:

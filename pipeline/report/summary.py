@@ -13,10 +13,9 @@ import pyarrow.compute as pc
 
 from pipeline.comparison import COLUMNS, ComparisonError, compare_rows
 from pipeline.measurements import Measurements
+from pipeline.record import PHASES
 from pipeline.store import Store
 
-PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
-"""What a row's time is spent on, in this order."""
 _BINS = 24
 
 

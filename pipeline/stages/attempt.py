@@ -18,14 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
 from pipeline.job import Job
+from pipeline.logs import ERROR, INFO, WARNING, begin, event
 from pipeline.manifest import Manifest
+from pipeline.relay import forward
 from pipeline.store import Store
 
 _Result = TypeVar("_Result")
+Stage = Literal["read", "extract", "row", "evaluate"]
+READING, EVALUATING = "read-", "evaluate-"
+"""What the ledger's names of work begin with that has no id of its own."""
 Rung = Callable[[], AbstractContextManager[None]]
 """A way to do the work, entered for its length."""
 
@@ -54,8 +59,10 @@ STOPPED = "stopped"
 
 def shown(record: Mapping[str, Any], blamed: str | None = None) -> dict[str, Any]:
     """Return what the driver is told of a row. blamed: what failed it along with other rows, such as its reference."""
-    keys = ("row_id", "status", "loss_final", "seconds_total", "error_message")
-    return {**{key: record.get(key) for key in keys}, "blamed": blamed or record["row_id"]}
+    keys = ("row_id", "status", "loss_final", "seconds_total", "error_message", "node", "process")
+    finished_at = record.get("finished_at")
+    told = {**{key: record.get(key) for key in keys}, "finished_at": finished_at and finished_at.isoformat()}
+    return {**told, "blamed": blamed or record["row_id"]}
 
 
 def earlier_fault(row: Mapping[str, Any]) -> Outcome[Any] | None:
@@ -88,9 +95,12 @@ def not_to_blame(error: Exception) -> Outcome[Any]:
 
 @dataclass(frozen=True)
 class Desk:
-    """What a stage works with: the job and its storage."""
+    """What a stage works with: the job, its storage and its log."""
 
     job: Job
+
+    def __post_init__(self) -> None:
+        begin(self.job.log, self.job.name, forward)
 
     @cached_property
     def store(self) -> Store:
@@ -113,6 +123,7 @@ class Desk:
         work: Callable[[], _Result],
         sleep: Callable[[float], None] = time.sleep,
         lighter: Rung | None = None,
+        stage: Stage = "row",
     ) -> Outcome:
         """Do `work`, again after errors that may pass, and return how it ended.
 
@@ -121,7 +132,7 @@ class Desk:
         Call `ledger.end(work_id)` when the outcome is safe.
         """
         policy = self.job.faults
-        number = self._begin(work_id)
+        number = self._begin(work_id, stage)
         if number > 1 and self.ledger.expired(work_id):
             return Outcome(None, _too_slow(policy.row_deadline_s), number - 1)
         if number > policy.worker_died_attempts:
@@ -130,36 +141,42 @@ class Desk:
 
         def once_more() -> _Result:
             nonlocal number
-            number = next(begun, 0) or self._begin(work_id)
-            with self._deadline(work_id), self._sound_device(work_id):
+            number = next(begun, 0) or self._begin(work_id, stage)
+            with self._deadline(work_id, stage), self._sound_device(work_id, stage):
                 return work()
 
+        def failed(error: BaseException, again: bool = True) -> Fault:
+            fault = classify(error)
+            tell_of_failure(work_id, stage, number, fault, again)
+            return fault
+
+        patience = (policy.attempts, policy.base_seconds, policy.max_seconds, sleep)
         rungs: list[Rung] = [nullcontext, *([lighter] if lighter is not None else [])]
-        for rung in rungs:
+        while True:
             try:
-                with rung():
-                    result = retry_faults(once_more, policy.attempts, policy.base_seconds, policy.max_seconds, sleep)
-                return Outcome(result, None, number)
+                with rungs.pop(0)():
+                    return Outcome(retry_faults(once_more, *patience, failed), None, number)
             except Exception as error:
-                fault = classify(error)
-                if fault.kind != "out_of_memory":
-                    break
-        return Outcome(None, _rows_own(fault), number)
+                lower = bool(rungs) and classify(error).kind == "out_of_memory"
+                fault = failed(error, again=lower)
+                if not lower:
+                    return Outcome(None, _rows_own(fault), number)
+                event("rung_lowered", WARNING, **name_of(work_id, stage))
 
     @contextmanager
-    def _sound_device(self, work_id: str) -> Iterator[None]:
+    def _sound_device(self, work_id: str, stage: Stage) -> Iterator[None]:
         """End this process after an error that spoils its GPU for every later row; the next one tries the row again."""
         try:
             yield
         except Exception as error:
             if breaks_device(error):
-                _end_process(partial(self.ledger.note, work_id, classify(error).message))
+                _end_process(partial(self._leave, work_id, stage, classify(error).message))
             raise
 
     @contextmanager
-    def _deadline(self, work_id: str) -> Iterator[None]:
+    def _deadline(self, work_id: str, stage: Stage) -> Iterator[None]:
         """End this process if the block takes too long; also let go of a failed block's tensors."""
-        expire = partial(_end_process, lambda: self.ledger.expire(work_id))
+        expire = partial(_end_process, partial(self._expire, work_id, stage))
         watchdog = threading.Timer(self.job.faults.row_deadline_s, expire)
         watchdog.daemon = True
         watchdog.start()
@@ -171,8 +188,47 @@ class Desk:
         finally:
             watchdog.cancel()
 
-    def _begin(self, work_id: str) -> int:
-        return self.ledger.begin(work_id, {"node": socket.gethostname(), "pid": os.getpid()})
+    def _leave(self, work_id: str, stage: Stage, words: str) -> None:
+        """The last act of a process whose device is broken."""
+        self.ledger.note(work_id, words)
+        event("process_ended", ERROR, **name_of(work_id, stage), stage=stage, reason=words)
+
+    def _expire(self, work_id: str, stage: Stage) -> None:
+        """The last act of a process whose time for a piece of work is over."""
+        self.ledger.expire(work_id)
+        reason = f"faults.row_deadline_s ({self.job.faults.row_deadline_s:g} seconds) is over"
+        event("process_ended", ERROR, **name_of(work_id, stage), stage=stage, reason=reason)
+
+    def _begin(self, work_id: str, stage: Stage) -> int:
+        return self.ledger.begin(work_id, {"stage": stage, "node": socket.gethostname(), "pid": os.getpid()})
+
+
+def name_of(work_id: str, stage: Stage) -> dict[str, str]:
+    """Return whose work it is, as the log names it."""
+    if stage in ("read", "extract"):
+        return {"motion_id": work_id.removeprefix(READING)}
+    return {"row_id": work_id.removeprefix(EVALUATING)}
+
+
+def tell_of_failure(work_id: str, stage: Stage, attempt: int, fault: Fault, again: bool) -> None:
+    """Write into the log that an attempt failed, and whether the work is tried again."""
+    told = {"error_kind": fault.kind, "error_class": fault.error_class, "message": fault.message}
+    event("attempt_failed", WARNING, **name_of(work_id, stage), stage=stage, attempt=attempt, again=again, **told)
+
+
+def tell_of_end(name: str, work_id: str, stage: Stage, outcome: Outcome[Any], seconds: float) -> None:
+    """Write into the log how a piece of work ended that is no row of the manifest."""
+    fault = outcome.fault
+    told = {} if fault is None else {"error_kind": fault.kind, "message": fault.message}
+    event(
+        name,
+        INFO if fault is None else WARNING,
+        **name_of(work_id, stage),
+        status="ok" if fault is None else "failed",
+        attempts=outcome.attempts,
+        seconds=seconds,
+        **told,
+    )
 
 
 def _end_process(last_act: Callable[[], None]) -> None:

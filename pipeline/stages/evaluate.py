@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
 from pipeline.plan import Input
-from pipeline.stages.attempt import Desk, Outcome, shown, stopped
+from pipeline.stages.attempt import EVALUATING, Desk, Outcome, shown, stopped, tell_of_end
 from pipeline.stages.read import Row, read_unchanged
 
 
@@ -35,18 +38,23 @@ class EvaluateRow:
     def __call__(self, row: Row) -> Row:
         """Measure one row of the manifest (JSON); return what the driver shows."""
         made, names, started = json.loads(row["made"]), json.loads(row["metrics"]), time.perf_counter()
-        work_id = f"evaluate-{made['row_id']}"
+        work_id = f"{EVALUATING}{made['row_id']}"
         try:
-            outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names))
+            outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names), stage="evaluate")
             self._desk.ledger.end(work_id)
         except Exception as error:
             return stopped(made["row_id"], error)
+        seconds = time.perf_counter() - started
+        tell_of_end("row_measured", work_id, "evaluate", outcome, seconds)
         return shown(
             {
                 "row_id": made["row_id"],
                 "status": "ok" if outcome.fault is None else "failed",
-                "seconds_total": time.perf_counter() - started,
+                "seconds_total": seconds,
                 "error_message": outcome.fault and outcome.fault.message,
+                "node": socket.gethostname(),
+                "process": os.getpid(),
+                "finished_at": datetime.now(UTC),
             }
         )
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings
 from pipeline.job import Job
 from pipeline.plan import WorkRow
-from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
+from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame, tell_of_end
 from pipeline.stages.read import Row, motion_key
 from pipeline.stages.worker import Worker
 
@@ -46,9 +46,12 @@ class ExtractMotion:
         """Extract and store the motion; return how that ended, and after how many seconds."""
         work_id, method = row["motion_id"], self._desk.job.variants[variant_of(row)].method
         lighter, started = self._worker.lighter, time.perf_counter()
-        outcome = self._desk.attempt(work_id, lambda: self._extract(key, frames, fps, method), lighter=lighter)
+        extract = partial(self._extract, key, frames, fps, method)
+        outcome: Outcome[None] = self._desk.attempt(work_id, extract, lighter=lighter, stage="extract")
         self._desk.ledger.end(work_id)
-        return outcome, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        tell_of_end("motion_extracted", work_id, "extract", outcome, seconds)
+        return outcome, seconds
 
     def _extract(self, key: str, frames: np.ndarray, fps: float, method: MethodSettings) -> None:
         motion = extract_motion(self._worker.backbone, frames, method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,9 @@ from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
 from pipeline.job import DEFAULT_FPS, Job
+from pipeline.logs import INFO, WARNING, event, is_debug
 from pipeline.plan import WorkRow
+from pipeline.record import PHASES
 from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
 from pipeline.stages.banks import RecentBanks
 from pipeline.stages.read import Row
@@ -67,19 +70,31 @@ class FinishRow:
         """End the row, as an earlier stage or this one says, and return its record."""
         lighter = None if self._worker is None else self._worker.lighter
         started_at, started = datetime.now(UTC), time.perf_counter()
+        prompt = work.prompt if is_debug() else None
+        event(
+            "row_begun",
+            row_id=work.row_id,
+            motion_id=work.motion_id,
+            variant=work.variant,
+            seed=work.seed,
+            prompt=prompt,
+        )
         outcome = earlier or self._desk.attempt(work.row_id, lambda: self._make(work, row), lighter=lighter)
-        return self._desk.manifest.commit(
+        record = self._desk.manifest.commit(
             {
                 **self._identity(work, row),
                 **(outcome.result or {}),
                 **_ending(outcome),
                 "bank_loads": self._banks.take_loads() if work.bank else None,
+                "node": socket.gethostname(),
                 "process": os.getpid(),
                 "started_at": started_at,
                 "finished_at": datetime.now(UTC),
                 "seconds_total": time.perf_counter() - started,
             }
         )
+        _tell_of_end(record)
+        return record
 
     # ------------------------------------------------------------------ what is made
 
@@ -203,6 +218,28 @@ def _extraction(row: Row) -> Columns:
         "amf_uri": row["amf_uri"] if stored else None,
         **{key: row[key] for key in ("seconds_read", "seconds_extract")},
     }
+
+
+def _tell_of_end(record: Columns) -> None:
+    """Write into the log how a row ended."""
+    seconds = {phase: record[f"seconds_{phase}"] for phase in (*PHASES, "total")}
+    told = (
+        "row_id",
+        "status",
+        "attempts",
+        "loss_first",
+        "loss_final",
+        "peak_memory_bytes",
+        "error_kind",
+        "error_class",
+    )
+    event(
+        "row_ended",
+        INFO if record["status"] == "ok" else WARNING,
+        **{name: record[name] for name in told},
+        seconds={phase: value for phase, value in seconds.items() if value is not None},
+        message=record["error_message"],
+    )
 
 
 def _ending(outcome: Outcome[Columns]) -> Columns:

@@ -17,7 +17,7 @@ from ditflow.video import Clip, OversizedVideoError, read_video
 from pipeline.cache import node_cache
 from pipeline.job import Job, References
 from pipeline.plan import Input, WorkRow
-from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
+from pipeline.stages.attempt import READING, Desk, Outcome, faultless, not_to_blame, tell_of_end
 from pipeline.store import open_fs
 
 Row = dict[str, Any]
@@ -61,9 +61,10 @@ def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
     if desk.store.exists(motion_key(desk.job, row["motion_id"])):
         return faultless()
     work = WorkRow.from_json(json.loads(row["work"])[0])
-    work_id = f"read-{row['motion_id']}"
-    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job))
+    work_id, started = f"{READING}{row['motion_id']}", time.perf_counter()
+    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job), stage="read")
     desk.ledger.end(work_id)
+    tell_of_end("reference_read", work_id, "read", outcome, time.perf_counter() - started)
     return outcome
 
 
