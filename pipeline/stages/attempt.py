@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
+from pipeline import telemetry
 from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
 from pipeline.job import Job
 from pipeline.manifest import Manifest
@@ -88,9 +89,10 @@ def not_to_blame(error: Exception) -> Outcome[Any]:
 
 @dataclass(frozen=True)
 class Desk:
-    """What a stage works with: the job and its storage."""
+    """What a stage works with: the job and its storage. stage: of `telemetry.STAGES`, whose attempts are counted."""
 
     job: Job
+    stage: str
 
     @cached_property
     def store(self) -> Store:
@@ -120,6 +122,12 @@ class Desk:
         lighter: a way that needs less memory, for one more try when the memory was not enough.
         Call `ledger.end(work_id)` when the outcome is safe.
         """
+        with telemetry.in_flight(self.job.name, self.stage):
+            return self._attempt(work_id, work, sleep, lighter)
+
+    def _attempt(
+        self, work_id: str, work: Callable[[], _Result], sleep: Callable[[float], None], lighter: Rung | None
+    ) -> Outcome:
         policy = self.job.faults
         number = self._begin(work_id)
         if number > 1 and self.ledger.expired(work_id):
@@ -131,6 +139,7 @@ class Desk:
         def once_more() -> _Result:
             nonlocal number
             number = next(begun, 0) or self._begin(work_id)
+            telemetry.attempt_begun(self.job.name, self.stage)
             with self._deadline(work_id), self._sound_device(work_id):
                 return work()
 

@@ -13,6 +13,7 @@ import numpy as np
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import EvaluatedClip, NotMeasurableError
 from ditflow.video import read_video
+from pipeline import telemetry
 from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
@@ -29,7 +30,7 @@ class EvaluateRow:
     """Takes the metrics that a row has not got, and stores them; a row that fails keeps none and can be run again."""
 
     def __init__(self, job: Job):
-        self._job, self._desk = job, Desk(job)
+        self._job, self._desk = job, Desk(job, "evaluate")
         self._metrics = {name: METRICS[name].from_settings(job.metrics) for name in job.metrics.names}
 
     def __call__(self, row: Row) -> Row:
@@ -41,12 +42,14 @@ class EvaluateRow:
             self._desk.ledger.end(work_id)
         except Exception as error:
             return stopped(made["row_id"], error)
+        seconds, fault = time.perf_counter() - started, outcome.fault
+        telemetry.row_measured(self._job.name, made["variant"], fault and fault.kind, seconds)
         return shown(
             {
                 "row_id": made["row_id"],
-                "status": "ok" if outcome.fault is None else "failed",
-                "seconds_total": time.perf_counter() - started,
-                "error_message": outcome.fault and outcome.fault.message,
+                "status": "ok" if fault is None else "failed",
+                "seconds_total": seconds,
+                "error_message": fault and fault.message,
             }
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings
+from pipeline import telemetry
 from pipeline.job import Job
 from pipeline.plan import WorkRow
 from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
@@ -23,7 +24,7 @@ class ExtractMotion:
     """Stores the motion of decoded references under `amf/`; adds amf_uri, seconds_extract and fault."""
 
     def __init__(self, job: Job, model_revision: str):
-        self._desk, self._revision = Desk(job), model_revision
+        self._desk, self._revision = Desk(job, "extract"), model_revision
 
     @cached_property
     def _worker(self) -> Worker:
@@ -48,6 +49,8 @@ class ExtractMotion:
         lighter, started = self._worker.lighter, time.perf_counter()
         outcome = self._desk.attempt(work_id, lambda: self._extract(key, frames, fps, method), lighter=lighter)
         self._desk.ledger.end(work_id)
+        if outcome.fault is None:
+            telemetry.reference_extracted(self._desk.job.name)
         return outcome, time.perf_counter() - started
 
     def _extract(self, key: str, frames: np.ndarray, fps: float, method: MethodSettings) -> None:

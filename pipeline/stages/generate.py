@@ -17,6 +17,7 @@ from ditflow.reference import MotionReference
 from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
+from pipeline import telemetry
 from pipeline.job import DEFAULT_FPS, Job
 from pipeline.plan import WorkRow
 from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
@@ -36,7 +37,7 @@ class FinishRow:
 
     def __init__(self, job: Job, model_revision: str):
         self._job, self._revision = job, model_revision
-        self._desk = Desk(job)
+        self._desk = Desk(job, "generate")
         self._motion = lru_cache(maxsize=2)(self._read_motion)
         self._banks = RecentBanks(job)
         self._makers: dict[str, Callable[[WorkRow, Row], Columns]] = {
@@ -68,7 +69,7 @@ class FinishRow:
         lighter = None if self._worker is None else self._worker.lighter
         started_at, started = datetime.now(UTC), time.perf_counter()
         outcome = earlier or self._desk.attempt(work.row_id, lambda: self._make(work, row), lighter=lighter)
-        return self._desk.manifest.commit(
+        record = self._desk.manifest.commit(
             {
                 **self._identity(work, row),
                 **(outcome.result or {}),
@@ -80,6 +81,8 @@ class FinishRow:
                 "seconds_total": time.perf_counter() - started,
             }
         )
+        telemetry.row_ended(record)
+        return record
 
     # ------------------------------------------------------------------ what is made
 

@@ -43,7 +43,7 @@ def read_reference(row: Row, job: Job) -> Row:
     """
     started = time.perf_counter()
     try:
-        outcome = _outcome(row, Desk(job))
+        outcome = _outcome(row, Desk(job, "read"))
     except Exception as error:
         outcome = not_to_blame(error)
     clip = outcome.result or _NO_CLIP
