@@ -3,16 +3,18 @@
 Measurements of videos are elsewhere (`pipeline.measurements`); this is about the work. The manifest stays the truth: a
 process that dies takes along what it has not told yet, up to ten seconds of it.
 
-Ray's agent on every node collects from its processes and serves all at the node's metrics port, under names that begin
-with `ray_`. Without an agent nothing is collected, and recording costs as little. Every process is a series of its own
-(label WorkerId), so labels of ours are few and bounded: no row's id, no prompt, no URI. None is called `job`, which
-Prometheus takes for the name of its own scrape job.
+Ray's agent on every node collects from its processes, also as they end, and serves all at the node's metrics port,
+under names that begin with `ray_`. Without an agent nothing is collected, and recording costs as little. Every process
+is a series of its own (label WorkerId), so labels of ours are few and bounded: no row's id, no prompt, no URI. None is
+called `job`, which Prometheus takes for the name of its own scrape job.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +30,7 @@ PHASES = tuple(name.removeprefix("seconds_") for name in COLUMN_NAMES if name.st
 """Of the manifest's columns `seconds_*`."""
 STAGES = ("read", "extract", "generate", "evaluate")
 NO_ERROR = "none"
+_REPEAT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,33 @@ def _record(name: str, value: float | None, **labels: str) -> None:
 
 
 @cache
-def _recorder(name: str) -> Any:
+def _recorder(name: str) -> Callable[[float, dict[str, str]], None]:
     """Make a metric, once per process, and return what records a value with its labels."""
     metric = _BY_NAME[name]
     if metric.kind == "histogram":
         return Histogram(name, metric.meaning, list(metric.buckets), metric.labels).observe
     if metric.kind == "gauge":
-        return Gauge(name, metric.meaning, metric.labels).set
+        return _LastingGauge(Gauge(name, metric.meaning, metric.labels)).set
     return Counter(name, metric.meaning, metric.labels).inc
+
+
+class _LastingGauge:
+    """A gauge that is set again and again to its latest values, for as long as its process lives.
+
+    Ray forgets a value that was not set for two of its reports: 20 seconds, or 2 where it reports as often as it can.
+    """
+
+    def __init__(self, gauge: Gauge):
+        self._gauge, self._latest = gauge, dict[tuple[str, ...], tuple[float, dict[str, str]]]()
+        threading.Thread(target=self._repeat, name="ditflow-gauge", daemon=True).start()
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        """Set the gauge, for these labels."""
+        self._latest[tuple(labels.values())] = (value, labels)
+        self._gauge.set(value, labels)
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(_REPEAT_S)
+            for value, labels in list(self._latest.values()):
+                self._gauge.set(value, labels)

@@ -43,7 +43,7 @@ class EvaluateRow:
         except Exception as error:
             return stopped(made["row_id"], error)
         seconds, fault = time.perf_counter() - started, outcome.fault
-        telemetry.row_measured(self._job.name, made["variant"], fault and fault.kind, seconds)
+        telemetry.row_measured(self._job.name, made["variant"], None if fault is None else fault.kind, seconds)
         return shown(
             {
                 "row_id": made["row_id"],
