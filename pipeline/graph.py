@@ -30,6 +30,13 @@ from pipeline.stages.read import Row, read_reference
 _READER_CPUS, _ACTOR_CPUS = 0.5, 0.25
 # On one GPU both pools live side by side: extraction is a small part of the work.
 _EXTRACT_GPU_SHARE, _GENERATE_GPU_SHARE = 0.2, 0.8
+# What the last stage does, as Ray's dashboard and the titles of its processes call it: they take the class's name.
+_FINISHES = {
+    "extract": "RecordMotion",
+    "synthesize": "GenerateVideo",
+    "build-bank": "LearnBank",
+    "reuse": "ReuseBank",
+}
 # For metrics whose device is a GPU: CLIP and CoTracker leave room for another.
 _EVALUATE_GPU_SHARE = 0.5
 
@@ -78,7 +85,7 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
     first, *others = sources
     work = first.union(*others) if others else first
     return work.map(
-        FinishRow,
+        _called(_FINISHES[job.kind], FinishRow),
         fn_constructor_kwargs=arguments,
         **_actors(job.resources.generate, _GENERATE_GPU_SHARE),
     )
@@ -87,6 +94,11 @@ def build(job: Job, todo: list[WorkRow], model_revision: str) -> Dataset:
 def bank_by_bank(rows: list[WorkRow]) -> list[WorkRow]:
     """Put all rows of a bank one after the other: an actor that has read it uses it for those that it gets."""
     return sorted(rows, key=lambda row: row.bank.identity if row.bank else "")
+
+
+def _called(name: str, stage: type[FinishRow]) -> type[FinishRow]:
+    """Return a stage under a name that says what it does in this job."""
+    return type(name, (stage,), {"__doc__": stage.__doc__})
 
 
 def _as_they_end(dataset: Dataset) -> Iterator[Row]:

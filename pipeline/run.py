@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import ray
 
+from pipeline import telemetry
 from pipeline.catalogue import Catalogue
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
@@ -133,11 +134,13 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
     connect()
     event("run_begun", kind=job.kind, rows=plan.total, todo=len(plan.todo), output=store.uri, model=model_revision)
     limits = _Limits(job, plan.total)
+    telemetry.run_goes_on(job.name, plan.total, len(plan.todo))
     with relayed(job.log):
         rows = finished_rows(_settled(job, plan.total), plan.todo, model_revision)
         for number, row in enumerate(rows, start=1):
             _check_goes_on(row)
             tally.count(row["status"])
+            telemetry.run_goes_on(job.name, plan.total, len(plan.todo) - number)
             on_row(row)
             limits.check(row)
             if number % ROWS_REMEMBERED == 0:

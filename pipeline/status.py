@@ -79,7 +79,7 @@ def latest_run(store: Store) -> Run | None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One piece of work that was begun and has not ended. stage: read, extract, row or evaluate."""
+    """One piece of work that was begun and has not ended. stage: read, extract, generate or evaluate."""
 
     work_id: str
     stage: str
@@ -230,7 +230,7 @@ class Watch:
         return tuple(
             Attempt(
                 work_id=marker["row_id"],
-                stage=marker.get("stage", "row"),
+                stage=marker["stage"],
                 attempt=marker["attempt"],
                 node=marker["node"],
                 pid=marker["pid"],

@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
+from pipeline import telemetry
 from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
 from pipeline.job import Job
 from pipeline.logs import ERROR, INFO, WARNING, begin, event
 from pipeline.manifest import Manifest
 from pipeline.relay import forward
 from pipeline.store import Store
+from pipeline.telemetry import Stage
 
 _Result = TypeVar("_Result")
-Stage = Literal["read", "extract", "row", "evaluate"]
 READING, EVALUATING = "read-", "evaluate-"
 """What the ledger's names of work begin with that has no id of its own."""
 Rung = Callable[[], AbstractContextManager[None]]
@@ -95,9 +96,10 @@ def not_to_blame(error: Exception) -> Outcome[Any]:
 
 @dataclass(frozen=True)
 class Desk:
-    """What a stage works with: the job, its storage and its log."""
+    """What one stage works with: the job, its storage, its log and its metrics."""
 
     job: Job
+    stage: Stage
 
     def __post_init__(self) -> None:
         begin(self.job.log, self.job.name, forward)
@@ -123,7 +125,6 @@ class Desk:
         work: Callable[[], _Result],
         sleep: Callable[[float], None] = time.sleep,
         lighter: Rung | None = None,
-        stage: Stage = "row",
     ) -> Outcome:
         """Do `work`, again after errors that may pass, and return how it ended.
 
@@ -131,8 +132,14 @@ class Desk:
         lighter: a way that needs less memory, for one more try when the memory was not enough.
         Call `ledger.end(work_id)` when the outcome is safe.
         """
+        with telemetry.in_flight(self.job.name, self.stage):
+            return self._attempt(work_id, work, sleep, lighter)
+
+    def _attempt(
+        self, work_id: str, work: Callable[[], _Result], sleep: Callable[[float], None], lighter: Rung | None
+    ) -> Outcome:
         policy = self.job.faults
-        number = self._begin(work_id, stage)
+        number = self._begin(work_id)
         if number > 1 and self.ledger.expired(work_id):
             return Outcome(None, _too_slow(policy.row_deadline_s), number - 1)
         if number > policy.worker_died_attempts:
@@ -141,13 +148,14 @@ class Desk:
 
         def once_more() -> _Result:
             nonlocal number
-            number = next(begun, 0) or self._begin(work_id, stage)
-            with self._deadline(work_id, stage), self._sound_device(work_id, stage):
+            number = next(begun, 0) or self._begin(work_id)
+            telemetry.attempt_begun(self.job.name, self.stage)
+            with self._deadline(work_id), self._sound_device(work_id):
                 return work()
 
         def failed(error: BaseException, again: bool = True) -> Fault:
             fault = classify(error)
-            tell_of_failure(work_id, stage, number, fault, again)
+            tell_of_failure(work_id, self.stage, number, fault, again)
             return fault
 
         patience = (policy.attempts, policy.base_seconds, policy.max_seconds, sleep)
@@ -161,22 +169,22 @@ class Desk:
                 fault = failed(error, again=lower)
                 if not lower:
                     return Outcome(None, _rows_own(fault), number)
-                event("rung_lowered", WARNING, **name_of(work_id, stage))
+                event("rung_lowered", WARNING, **name_of(work_id, self.stage))
 
     @contextmanager
-    def _sound_device(self, work_id: str, stage: Stage) -> Iterator[None]:
+    def _sound_device(self, work_id: str) -> Iterator[None]:
         """End this process after an error that spoils its GPU for every later row; the next one tries the row again."""
         try:
             yield
         except Exception as error:
             if breaks_device(error):
-                _end_process(partial(self._leave, work_id, stage, classify(error).message))
+                _end_process(partial(self._leave, work_id, classify(error).message))
             raise
 
     @contextmanager
-    def _deadline(self, work_id: str, stage: Stage) -> Iterator[None]:
+    def _deadline(self, work_id: str) -> Iterator[None]:
         """End this process if the block takes too long; also let go of a failed block's tensors."""
-        expire = partial(_end_process, partial(self._expire, work_id, stage))
+        expire = partial(_end_process, partial(self._expire, work_id))
         watchdog = threading.Timer(self.job.faults.row_deadline_s, expire)
         watchdog.daemon = True
         watchdog.start()
@@ -188,19 +196,19 @@ class Desk:
         finally:
             watchdog.cancel()
 
-    def _leave(self, work_id: str, stage: Stage, words: str) -> None:
+    def _leave(self, work_id: str, words: str) -> None:
         """The last act of a process whose device is broken."""
         self.ledger.note(work_id, words)
-        event("process_ended", ERROR, **name_of(work_id, stage), stage=stage, reason=words)
+        event("process_ended", ERROR, **name_of(work_id, self.stage), stage=self.stage, reason=words)
 
-    def _expire(self, work_id: str, stage: Stage) -> None:
+    def _expire(self, work_id: str) -> None:
         """The last act of a process whose time for a piece of work is over."""
         self.ledger.expire(work_id)
         reason = f"faults.row_deadline_s ({self.job.faults.row_deadline_s:g} seconds) is over"
-        event("process_ended", ERROR, **name_of(work_id, stage), stage=stage, reason=reason)
+        event("process_ended", ERROR, **name_of(work_id, self.stage), stage=self.stage, reason=reason)
 
-    def _begin(self, work_id: str, stage: Stage) -> int:
-        return self.ledger.begin(work_id, {"stage": stage, "node": socket.gethostname(), "pid": os.getpid()})
+    def _begin(self, work_id: str) -> int:
+        return self.ledger.begin(work_id, {"stage": self.stage, "node": socket.gethostname(), "pid": os.getpid()})
 
 
 def name_of(work_id: str, stage: Stage) -> dict[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import EvaluatedClip, NotMeasurableError
 from ditflow.video import read_video
+from pipeline import telemetry
 from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
@@ -32,7 +33,7 @@ class EvaluateRow:
     """Takes the metrics that a row has not got, and stores them; a row that fails keeps none and can be run again."""
 
     def __init__(self, job: Job):
-        self._job, self._desk = job, Desk(job)
+        self._job, self._desk = job, Desk(job, "evaluate")
         self._metrics = {name: METRICS[name].from_settings(job.metrics) for name in job.metrics.names}
 
     def __call__(self, row: Row) -> Row:
@@ -40,18 +41,19 @@ class EvaluateRow:
         made, names, started = json.loads(row["made"]), json.loads(row["metrics"]), time.perf_counter()
         work_id = f"{EVALUATING}{made['row_id']}"
         try:
-            outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names), stage="evaluate")
+            outcome: Outcome[None] = self._desk.attempt(work_id, lambda: self._measure(made, names))
             self._desk.ledger.end(work_id)
         except Exception as error:
             return stopped(made["row_id"], error)
-        seconds = time.perf_counter() - started
+        seconds, fault = time.perf_counter() - started, outcome.fault
         tell_of_end("row_measured", work_id, "evaluate", outcome, seconds)
+        telemetry.row_measured(self._job.name, made["variant"], None if fault is None else fault.kind, seconds)
         return shown(
             {
                 "row_id": made["row_id"],
-                "status": "ok" if outcome.fault is None else "failed",
+                "status": "ok" if fault is None else "failed",
                 "seconds_total": seconds,
-                "error_message": outcome.fault and outcome.fault.message,
+                "error_message": fault and fault.message,
                 "node": socket.gethostname(),
                 "process": os.getpid(),
                 "finished_at": datetime.now(UTC),

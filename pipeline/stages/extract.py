@@ -12,6 +12,7 @@ import numpy as np
 
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings
+from pipeline import telemetry
 from pipeline.job import Job
 from pipeline.plan import WorkRow
 from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame, tell_of_end
@@ -23,7 +24,7 @@ class ExtractMotion:
     """Stores the motion of decoded references under `amf/`; adds amf_uri, seconds_extract and fault."""
 
     def __init__(self, job: Job, model_revision: str):
-        self._desk, self._revision = Desk(job), model_revision
+        self._desk, self._revision = Desk(job, "extract"), model_revision
 
     @cached_property
     def _worker(self) -> Worker:
@@ -47,10 +48,12 @@ class ExtractMotion:
         work_id, method = row["motion_id"], self._desk.job.variants[variant_of(row)].method
         lighter, started = self._worker.lighter, time.perf_counter()
         extract = partial(self._extract, key, frames, fps, method)
-        outcome: Outcome[None] = self._desk.attempt(work_id, extract, lighter=lighter, stage="extract")
+        outcome: Outcome[None] = self._desk.attempt(work_id, extract, lighter=lighter)
         self._desk.ledger.end(work_id)
         seconds = time.perf_counter() - started
         tell_of_end("motion_extracted", work_id, "extract", outcome, seconds)
+        if outcome.fault is None:
+            telemetry.reference_extracted(self._desk.job.name)
         return outcome, seconds
 
     def _extract(self, key: str, frames: np.ndarray, fps: float, method: MethodSettings) -> None:

@@ -18,6 +18,7 @@ from ditflow.reference import MotionReference
 from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.video import encode_video
+from pipeline import telemetry
 from pipeline.job import DEFAULT_FPS, Job
 from pipeline.logs import INFO, WARNING, event, is_debug
 from pipeline.plan import WorkRow
@@ -39,7 +40,7 @@ class FinishRow:
 
     def __init__(self, job: Job, model_revision: str):
         self._job, self._revision = job, model_revision
-        self._desk = Desk(job)
+        self._desk = Desk(job, "generate")
         self._motion = lru_cache(maxsize=2)(self._read_motion)
         self._banks = RecentBanks(job)
         self._makers: dict[str, Callable[[WorkRow, Row], Columns]] = {
@@ -94,6 +95,7 @@ class FinishRow:
             }
         )
         _tell_of_end(record)
+        telemetry.row_ended(record)
         return record
 
     # ------------------------------------------------------------------ what is made

@@ -43,7 +43,7 @@ def read_reference(row: Row, job: Job) -> Row:
     """
     started = time.perf_counter()
     try:
-        outcome = _outcome(row, Desk(job))
+        outcome = _outcome(row, Desk(job, "read"))
     except Exception as error:
         outcome = not_to_blame(error)
     clip = outcome.result or _NO_CLIP
@@ -62,7 +62,7 @@ def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
         return faultless()
     work = WorkRow.from_json(json.loads(row["work"])[0])
     work_id, started = f"{READING}{row['motion_id']}", time.perf_counter()
-    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job), stage="read")
+    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job))
     desk.ledger.end(work_id)
     tell_of_end("reference_read", work_id, "read", outcome, time.perf_counter() - started)
     return outcome

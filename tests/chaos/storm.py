@@ -40,7 +40,7 @@ BURST = {"status": 503, "rate": 0.5}
 BURST_S, OUTAGE_S, SETTLED_S = 5.0, 3.0, 5.0
 PATIENCE_S, DEADLINE_S = 300.0, 40.0
 NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
-ACTOR = b"ray::MapWorker(Map(PoisonRow"
+ACTOR = b"ray::MapWorker(Map(GenerateVideo"
 
 
 @dataclass(frozen=True)

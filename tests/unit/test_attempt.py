@@ -23,7 +23,7 @@ LOST = ConnectionResetError("the connection was lost")
 
 @pytest.fixture
 def desk(tmp_path) -> Desk:
-    return Desk(Job("synthesize", "test", Output(str(tmp_path / "out")), faults=POLICY))
+    return Desk(Job("synthesize", "test", Output(str(tmp_path / "out")), faults=POLICY), "generate")
 
 
 def failing(*errors: BaseException) -> Callable[[], str]:
@@ -136,7 +136,9 @@ def test_a_fault_of_the_job_on_its_way_stops_who_reads_it():
 
 
 def test_a_process_ends_at_its_deadline_also_when_the_storage_is_gone(tmp_path):
-    desk = Desk(Job("synthesize", "test", Output(str(tmp_path / "out")), faults=replace(POLICY, row_deadline_s=0.2)))
+    desk = Desk(
+        Job("synthesize", "test", Output(str(tmp_path / "out")), faults=replace(POLICY, row_deadline_s=0.2)), "generate"
+    )
 
     def outlast(desk: Desk) -> None:
         desk.ledger.expire = lambda work_id: desk.store.read("nothing")  # raises

@@ -231,13 +231,13 @@ def test_a_run_whose_process_on_this_machine_has_ended_is_gone(local_store):
 
 def test_what_is_in_flight_is_told_with_its_latest_attempt(store):
     ledger = Ledger(store)
-    ledger.begin("row-a", {"stage": "row", "node": "n1", "pid": 1})
+    ledger.begin("row-a", {"stage": "generate", "node": "n1", "pid": 1})
     ledger.begin("read-m", {"stage": "read", "node": "n2", "pid": 2})
-    ledger.begin("row-a", {"stage": "row", "node": "n3", "pid": 3})
+    ledger.begin("row-a", {"stage": "generate", "node": "n3", "pid": 3})
     ledger.begin("row-z", {"node": "n1", "pid": 1})
     ledger.end("row-z")
     told = [(one.work_id, one.stage, one.attempt, one.node) for one in Watch(store).look().in_flight]
-    assert told == [("read-m", "read", 1, "n2"), ("row-a", "row", 2, "n3")]
+    assert told == [("read-m", "read", 1, "n2"), ("row-a", "generate", 2, "n3")]
 
 
 def test_the_whereabouts_are_those_of_the_references_of_the_run(store):
