@@ -54,7 +54,6 @@ class ModelDefaults:
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
-    stay: float = 0.0
     losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lasting: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -119,7 +118,7 @@ class MethodSettings:
     other_frames: bool = False
     measured: Literal["pass", "prediction"] | None = None
     drafts: int | None = None
-    stay: float | None = None
+    stay: float = 0.0
     smooth: float = 0.0
     zero_shot: bool = False
     learn_with: str = ""
@@ -154,8 +153,7 @@ class MethodSettings:
             ok = self.drafts == 1 or (self.drafts > 1 and self.learns_positions)
             _require(ok, "drafts", self.drafts, "at least 1, and 1 unless positions are learned")
         for name in ("stay", "smooth"):
-            weight = getattr(self, name)
-            _require(weight is None or 0 <= weight < math.inf, name, weight, "a weight, 0 or more")
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight, 0 or more")
         ok = not self.zero_shot or self.learns_positions
         _require(ok, "zero_shot", self.zero_shot, "false, unless a motion loss optimises the position or coordinates")
 

@@ -201,7 +201,6 @@ def generate_latents(
         _check_reference(backbone, motion, bank, grid, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
         optimize = method.optimize if bank is None else bank.optimize
-        assert method.stay is not None, "resolve() has filled it"
         positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
         if bank is not None:
             _check_shapes(backbone, bank, grid, positions.start())

@@ -15,6 +15,7 @@ from pipeline.logs import DEBUG, LogSettings, begin, chosen, event
 from pipeline.run import sole_run
 from pipeline.stages.attempt import Desk, tell_of_end
 from pipeline.store import Store, StoreError
+from pipeline.telemetry import Stage
 
 LOST = ConnectionResetError("the connection was lost")
 
@@ -29,9 +30,9 @@ def written(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def desk_of(tmp_path, log: str) -> Desk:
+def desk_of(tmp_path, log: str, stage: Stage = "generate") -> Desk:
     faults = Policy(attempts=2, base_seconds=0, max_seconds=0)
-    return Desk(Job("synthesize", "dogs", Output(str(tmp_path / "out")), faults=faults, log=log))
+    return Desk(Job("synthesize", "dogs", Output(str(tmp_path / "out")), faults=faults, log=log), stage)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -182,7 +183,7 @@ def test_a_lowered_rung_is_told(tmp_path, capsys):
         for error in errors:
             raise error
 
-    desk_of(tmp_path, "json").attempt("read-0a", work, lambda _: None, lighter=nullcontext, stage="read")
+    desk_of(tmp_path, "json", "read").attempt("read-0a", work, lambda _: None, lighter=nullcontext)
     failed, lowered = written(capsys)
     assert (failed["event"], failed["motion_id"], failed["again"]) == ("attempt_failed", "0a", True)
     assert (lowered["event"], lowered["level"]) == ("rung_lowered", "warning")
@@ -192,8 +193,8 @@ def test_the_end_of_a_reference_is_told_with_its_fault(tmp_path, capsys):
     def work() -> None:
         raise ValueError("the clip is too short")
 
-    desk = desk_of(tmp_path, "json:warning")
-    tell_of_end("reference_read", "read-0a", "read", desk.attempt("read-0a", work, stage="read"), 1.0)
+    desk = desk_of(tmp_path, "json:warning", "read")
+    tell_of_end("reference_read", "read-0a", "read", desk.attempt("read-0a", work), 1.0)
     _, ended = written(capsys)
     assert {key: ended[key] for key in ("event", "motion_id", "status", "error_kind", "message")} == {
         "event": "reference_read",
