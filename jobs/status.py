@@ -27,18 +27,25 @@ def show_status(
     if every_s is not None and every_s <= 0:
         raise ValueError(f"--watch: {every_s:g} is not valid: expected seconds, more than 0")
     watch = Watch(store)
-    status = watch.look()
+    status: Status | None = watch.look()
     while True:
-        _show(status, store, screen, as_json, clear=every_s is not None)
-        if every_s is None or status.at_rest:
+        if status is not None:
+            _show(status, store, screen, as_json, clear=every_s is not None)
+        if every_s is None or (status is not None and status.at_rest):
             return
         try:
             sleep(every_s)
-            status = watch.look()
+            status = _looked_again(watch, screen)
         except KeyboardInterrupt:
             return
-        except StoreError as error:
-            screen.print(f"not read, tried again: {error}")
+
+
+def _looked_again(watch: Watch, screen: Console) -> Status | None:
+    try:
+        return watch.look()
+    except StoreError as error:
+        screen.print(f"not read, tried again: {error}")
+        return None
 
 
 def _show(status: Status, store: Store, screen: Console, as_json: bool, clear: bool) -> None:
