@@ -21,26 +21,32 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.logs import LogSettings
 
 _NAME = "ditflow-log"
-_EVERY_S, _PATIENCE_S = 0.5, 5.0
+_EVERY_S, _PATIENCE_S = 0.5, 30.0  # the actor itself takes a while to start
 _MOST_LINES = 100_000
-"""Lines that wait for the driver; beyond them the oldest are dropped."""
+"""Lines that wait to be shown; beyond them the oldest are dropped."""
 
 
 class Lines:
-    """Keeps lines until they are taken."""
+    """Keeps lines, numbered from 0, until they are known to be shown."""
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
+        self._lines: deque[str] = deque()
+        self._first = 0
 
     def add(self, line: str) -> None:
         """Keep one more line."""
         self._lines.append(line)
+        self._forget(self._first + len(self._lines) - _MOST_LINES)
 
-    def take(self) -> list[str]:
-        """Return the lines that were not taken yet, in the order in which they came."""
-        lines = [*self._lines]
-        self._lines.clear()
-        return lines
+    def since(self, number: int) -> tuple[int, list[str]]:
+        """Forget the lines before this one; return the number of the first that is left, and all that are."""
+        self._forget(number)
+        return self._first, [*self._lines]
+
+    def _forget(self, number: int) -> None:
+        while self._first < number and self._lines:
+            self._lines.popleft()
+            self._first += 1
 
 
 @contextmanager
@@ -65,17 +71,20 @@ def relayed(log: str | Literal[False] | None) -> Iterator[None]:
 
 def _show(lines: Any, ended: threading.Event) -> None:
     """Print lines until the run has ended, and then those that are left."""
-    while True:
+    shown, last = 0, False
+    while not last:
         last = ended.wait(_EVERY_S)
         try:
-            taken = ray.get(lines.take.remote(), timeout=_PATIENCE_S)
+            first, new = ray.get(lines.since.remote(shown), timeout=_PATIENCE_S)
+        except ray.exceptions.GetTimeoutError:  # the machine is busy; nothing is lost by asking again
+            continue
         except (ray.exceptions.RayError, ConnectionError) as error:
             print(f"the workers' log is no longer shown here, Ray keeps it: {error}", file=sys.stderr)
             return
-        for line in taken:
+        for line in new:
             print(line, file=sys.stderr, flush=True)
-        if last:
-            return
+        shown = first + len(new)
+    lines.since.remote(shown)  # for the driver's next job
 
 
 def forward(line: str) -> None:

@@ -66,9 +66,3 @@ def check_events(events: list[dict], output: Path) -> None:
     (failed,) = by_name["attempt_failed"]
     assert (failed["stage"], failed["error_kind"], failed["again"]) == ("read", "permanent", False)
     assert {event["pid"] for event in by_name["row_ended"]} != {begun["pid"]}, "rows are made in other processes"
-
-
-def test_a_job_whose_log_is_not_asked_for_writes_none(spec, capfd, monkeypatch):
-    monkeypatch.delenv("DITFLOW_LOG", raising=False)
-    run(spec)
-    assert "row_ended" not in capfd.readouterr().err
