@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -28,8 +28,7 @@ _log = logging.getLogger(__name__)
 
 PHASES = (*PHASES_OF_A_ROW, "total")
 """Of the manifest's columns `seconds_*`."""
-Stage = Literal["read", "extract", "generate", "evaluate"]
-STAGES = get_args(Stage)
+STAGES = ("read", "extract", "generate", "evaluate")
 NO_ERROR = "none"
 _REPEAT_S = 1.0
 

@@ -27,7 +27,6 @@ from pipeline.logs import ERROR, INFO, WARNING, begin, event
 from pipeline.manifest import Manifest
 from pipeline.relay import forward
 from pipeline.store import Store
-from pipeline.telemetry import Stage
 
 _Result = TypeVar("_Result")
 READING, EVALUATING = "read-", "evaluate-"
@@ -96,10 +95,10 @@ def not_to_blame(error: Exception) -> Outcome[Any]:
 
 @dataclass(frozen=True)
 class Desk:
-    """What one stage works with: the job, its storage, its log and its metrics."""
+    """What one stage works with: the job, its storage, its log and its metrics, which call it by its name."""
 
     job: Job
-    stage: Stage
+    stage: str
 
     def __post_init__(self) -> None:
         begin(self.job.log, self.job.name, forward)
@@ -211,20 +210,20 @@ class Desk:
         return self.ledger.begin(work_id, {"stage": self.stage, "node": socket.gethostname(), "pid": os.getpid()})
 
 
-def name_of(work_id: str, stage: Stage) -> dict[str, str]:
+def name_of(work_id: str, stage: str) -> dict[str, str]:
     """Return whose work it is, as the log names it."""
     if stage in ("read", "extract"):
         return {"motion_id": work_id.removeprefix(READING)}
     return {"row_id": work_id.removeprefix(EVALUATING)}
 
 
-def tell_of_failure(work_id: str, stage: Stage, attempt: int, fault: Fault, again: bool) -> None:
+def tell_of_failure(work_id: str, stage: str, attempt: int, fault: Fault, again: bool) -> None:
     """Write into the log that an attempt failed, and whether the work is tried again."""
     told = {"error_kind": fault.kind, "error_class": fault.error_class, "message": fault.message}
     event("attempt_failed", WARNING, **name_of(work_id, stage), stage=stage, attempt=attempt, again=again, **told)
 
 
-def tell_of_end(name: str, work_id: str, stage: Stage, outcome: Outcome[Any], seconds: float) -> None:
+def tell_of_end(name: str, work_id: str, stage: str, outcome: Outcome[Any], seconds: float) -> None:
     """Write into the log how a piece of work ended that is no row of the manifest."""
     fault = outcome.fault
     told = {} if fault is None else {"error_kind": fault.kind, "message": fault.message}

@@ -15,7 +15,6 @@ from pipeline.logs import DEBUG, LogSettings, begin, chosen, event
 from pipeline.run import sole_run
 from pipeline.stages.attempt import Desk, tell_of_end
 from pipeline.store import Store, StoreError
-from pipeline.telemetry import Stage
 
 LOST = ConnectionResetError("the connection was lost")
 
@@ -30,7 +29,7 @@ def written(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def desk_of(tmp_path, log: str, stage: Stage = "generate") -> Desk:
+def desk_of(tmp_path, log: str, stage: str = "generate") -> Desk:
     faults = Policy(attempts=2, base_seconds=0, max_seconds=0)
     return Desk(Job("synthesize", "dogs", Output(str(tmp_path / "out")), faults=faults, log=log), stage)
 
