@@ -30,6 +30,8 @@ PHASES = (*PHASES_OF_A_ROW, "total")
 """Of the manifest's columns `seconds_*`."""
 STAGES = ("read", "extract", "generate", "evaluate")
 NO_ERROR = "none"
+LEAST_SECONDS = 1e-4
+"""Less is the time between two looks at the clock, not that of a phase."""
 _REPEAT_S = 1.0
 
 
@@ -125,8 +127,8 @@ def reference_extracted(job: str) -> None:
 def row_ended(record: Mapping[str, Any]) -> None:
     """Count a row of the manifest, with its seconds, losses, memory and banks.
 
-    A phase of no seconds was not gone through: what was done once for several rows counts for one of them. The whole
-    attempt (`total`) counts for rows that are ok: it tells what such a row takes.
+    A phase of less than LEAST_SECONDS was not gone through: what was done once for several rows counts for one of them.
+    The whole attempt (`total`) counts for rows that are ok: it tells what such a row takes.
     """
     own = {"job_name": record["job"], "variant": record["variant"]}
     _row("generate", record["status"], record["error_kind"], own)
@@ -152,7 +154,7 @@ def _row(stage: str, status: str, error_kind: str | None, own: Mapping[str, str]
 
 
 def _seconds(phase: str, seconds: float | None, own: Mapping[str, str]) -> None:
-    if seconds:
+    if seconds is not None and seconds >= LEAST_SECONDS:
         _record("ditflow_phase_seconds", seconds, **own, phase=phase)
         _record("ditflow_work_seconds", seconds, **own, phase=phase)
 

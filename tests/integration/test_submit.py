@@ -1,50 +1,24 @@
 """Facts about jobs on a cluster of their own: a real Ray head in processes of its own, and the real command line."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
+from heads import TOKEN, end, environment, new_options, started
 from running import write_spec
 
 from jobs.spec import PRESETS
 from pipeline.manifest import Manifest
 from pipeline.store import Store
 
-STARTS, LONGEST_JOB_S = 3, 3600
+LONGEST_JOB_S = 3600
 SMALL = ["references.frames=9", "references.height=32", "references.width=32", "references.stride=2"]
 SMALL += ["sampling.steps=3", "method.guided_steps=2", "method.iterations=2"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-TOKEN = uuid.uuid4().hex
-
-
-def environment(token: str | None = TOKEN) -> dict[str, str]:
-    """That of a machine of the cluster: this checkout's software, its token, and no word of another cluster."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables["PYTHONPATH"] = str(PRESETS.parent)
-    return {**variables, "RAY_AUTH_MODE": "token", **({"RAY_AUTH_TOKEN": token} if token else {})}
 
 
 def ask(address: str, path: str) -> requests.Response:
@@ -54,53 +28,12 @@ def ask(address: str, path: str) -> requests.Response:
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """The address of the dashboard of a Ray head that is no part of this process."""
-    names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
-    names += ["metrics-export-port", "ray-client-server-port"]
-    options: dict[str, object] = dict(zip(names, free_ports(len(names)), strict=True))
-    address = f"http://127.0.0.1:{options['dashboard-port']}"
-    options |= {"dashboard-host": "127.0.0.1", "include-dashboard": "true", "node-ip-address": "127.0.0.1"}
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
-        options |= {"num-cpus": 2, "object-store-memory": 100_000_000, "temp-dir": folder}
-        ray = started(options, address, Path(folder, "start.log"))
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        options = new_options(folder, dashboard=True)
+        address = f"http://127.0.0.1:{options['dashboard-port']}"
+        ray = started(options, lambda: ask(address, "/api/jobs/").ok, Path(folder, "start.log"))
         yield address
         end(ray)
-
-
-def started(options: dict[str, object], address: str, log: Path) -> psutil.Popen:
-    """A head that takes jobs. On a busy machine Ray gives up its start after half a minute: it is tried again."""
-    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    for _ in range(STARTS):
-        with log.open("a") as stream:
-            ray = psutil.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
-        if takes_jobs(address, ray, log):
-            return ray
-        end(ray)
-    raise AssertionError(log.read_text())
-
-
-def takes_jobs(address: str, ray: psutil.Popen, log: Path) -> bool:
-    """Wait until a head has started and answers; False if it ended before."""
-    while ray.poll() is None:
-        with suppress(requests.RequestException):
-            if "Ray runtime started" in log.read_text() and ask(address, "/api/jobs/").ok:
-                return True
-        time.sleep(1)
-    return False
-
-
-def end(process: psutil.Popen) -> None:
-    """End a process and all that it has started."""
-    family = [process]
-    with suppress(psutil.NoSuchProcess):
-        family += process.children(recursive=True)
-    for one in family:
-        with suppress(psutil.NoSuchProcess):
-            one.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    for one in alive:
-        one.kill()
-    psutil.wait_procs(alive, timeout=20)
 
 
 def submit(*arguments: object) -> list[str]:

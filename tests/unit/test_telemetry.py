@@ -98,7 +98,7 @@ def test_a_row_that_is_ok_tells_its_seconds_losses_memory_and_banks(told):
 
 
 def test_what_a_row_did_not_do_is_not_told(told):
-    telemetry.row_ended(make_row(**DONE, seconds_read=0.0, seconds_total=2.0, bank_loads=0))
+    telemetry.row_ended(make_row(**DONE, seconds_read=0.0, seconds_learn=3e-7, seconds_total=2.0, bank_loads=0))
     assert [(name, value) for name, value, _ in told] == [
         ("ditflow_rows", 1),
         ("ditflow_phase_seconds", 2.0),
