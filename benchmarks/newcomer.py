@@ -70,7 +70,8 @@ def look(folder: Path) -> dict[str, Any]:
 
 def walk(folder: Path) -> list[dict[str, Any]]:
     """Take every step of the path, in an empty folder."""
-    steps = [step(f"git clone --quiet {shlex.quote(str(REPOSITORY))} ditflow", folder)]
+    cloned = step(f"git clone --quiet {shlex.quote(str(REPOSITORY))} ditflow", folder)
+    steps = [{**cloned, "command": "git clone REPOSITORY ditflow"}]  # where it lies is no concern of the figures
     clone = folder / "ditflow"
     steps += [step(command, clone) for command in commands_of((clone / "README.md").read_text())]
     return [*({key: value for key, value in one.items() if key != "output"} for one in steps), look(clone)]
