@@ -69,9 +69,7 @@ SWEEP = {
     "5 guided steps": replace(BASE, guided_steps=5),
 }
 COMBINED = {
-    "base": BASE,
-    "stay 0.1": replace(BASE, stay=0.1),
-    "5 guided steps": replace(BASE, guided_steps=5),
+    **{name: SWEEP[name] for name in ("base", "stay 0.1", "5 guided steps")},
     "stay 0.1, 7 guided steps": replace(BASE, stay=0.1, guided_steps=7),
     "stay 0.1, 5 guided steps": replace(BASE, stay=0.1, guided_steps=5),
     "stay 0.3, 5 guided steps": replace(BASE, stay=0.3, guided_steps=5),
@@ -87,16 +85,16 @@ WORDS = ("colour", "shape", "background")
 
 
 def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) -> dict[str, Scores]:
-    """Score the reuse of banks that were learned in several ways, plain generation and guidance for every video."""
-    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
-    banks = {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
-    if recipes.keys() == RECIPES.keys():
-        banks[MOVED] = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
-    return {
-        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
-        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
-        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
-    }
+    """Score the reuse of banks that were learned in several ways."""
+    backbone, clip = setting(model, seed)
+    return reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
+
+
+def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Score every recipe, and a bank that nobody learned."""
+    backbone, clip = setting(model, seed)
+    moved = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
+    return reuse_scores(backbone, clip, seed, {**learned_each(backbone, clip, RECIPES, seed), MOVED: moved})
 
 
 class BothLosses(Guidance):
@@ -128,24 +126,20 @@ LOSSES: Mapping[str, type[Guidance]] = {
 
 def sweep_scores(model: str, seed: int) -> dict[str, Scores]:
     """Score the reuse of banks that were learned with other rates, penalties, lengths and losses than the base."""
-    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
-    banks = {name: learned(backbone, clip, method, seed) for name, method in SWEEP.items()}
+    backbone, clip = setting(model, seed)
+    banks = learned_each(backbone, clip, SWEEP, seed)
     base = banks["base"]
     means = {part: values.whole.mean(dim=0) for part, values in base.parts.items() if values.whole is not None}
     banks[AVERAGED] = MotionBank.of(base.header, [means] * base.guided_steps, base.latents)
     for name, guidance in LOSSES.items():
         with mock.patch("ditflow.transfer.Guidance", guidance):
             banks[name] = learned(backbone, clip, BASE, seed)
-    return {
-        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
-        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
-        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
-    }
+    return reuse_scores(backbone, clip, seed, banks)
 
 
 def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
     """Score the reuse of a bank of which more and more is left out, with its size against fp32 positions."""
-    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+    backbone, clip = setting(model, seed)
     scores = {}
     for name in ("coordinates, lasting", "position, lasting"):
         bank = learned(backbone, clip, RECIPES[name], seed)
@@ -155,6 +149,27 @@ def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
             reused = mean_scores(backbone, clip, seed, kept, REUSED)
             scores[f"{name}, error {error:g}"] = {**reused, "times smaller": smaller}
     return scores
+
+
+def setting(model: str, seed: int) -> tuple[Backbone, WorldClip]:
+    """The model, and the held-out reference of a seed."""
+    return load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+
+
+def reuse_scores(backbone: Backbone, clip: WorldClip, seed: int, banks: Mapping[str, MotionBank]) -> dict[str, Scores]:
+    """Score the reuse of banks, and beside it plain generation and guidance for every video."""
+    return {
+        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
+        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
+        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
+    }
+
+
+def learned_each(
+    backbone: Backbone, clip: WorldClip, recipes: Mapping[str, MethodSettings], seed: int
+) -> dict[str, MotionBank]:
+    """Learn a bank in every way."""
+    return {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
 
 
 def learned(backbone: Backbone, clip: WorldClip, method: MethodSettings, seed: int) -> MotionBank:
@@ -282,7 +297,7 @@ def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 PARTS = {
     "zero-shot": lambda model: partial(recipe_scores, model, {"coordinates, lasting": DEFAULT}),
-    "recipes": lambda model: partial(recipe_scores, model, RECIPES),
+    "recipes": lambda model: partial(all_recipe_scores, model),
     "sweep": lambda model: partial(sweep_scores, model),
     "combined": lambda model: partial(recipe_scores, model, COMBINED),
     "compaction": lambda model: partial(compaction_scores, model),

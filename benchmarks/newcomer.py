@@ -8,9 +8,7 @@ cores. Figures go to benchmarks/results/newcomer.json; a step that fails ends th
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -23,8 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench import RESULTS, machine, write_json
+
 REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "newcomer.json"
 PAGE = "outputs/quickstart/synthesize/report/index.html"
 OURS = ("PYTHONPATH", "VIRTUAL_ENV", "RAY_ADDRESS", "DITFLOW_PLUGINS", "MAKEFLAGS", "MAKELEVEL")
 """Variables of whoever runs this that a newcomer does not have."""
@@ -82,11 +81,7 @@ def figures(steps: Sequence[dict[str, Any]], revision: str) -> dict[str, Any]:
         "command": "python -m benchmarks.newcomer",
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": revision,
-        "machine": {
-            "cores": os.cpu_count(),
-            "load average": [round(load, 2) for load in os.getloadavg()],
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "steps": steps,
         "seconds from clone to result": round(sum(one["seconds"] or 0 for one in steps), 1),
     }
@@ -95,7 +90,7 @@ def figures(steps: Sequence[dict[str, Any]], revision: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the path from a clone to a result.")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which stays (default: one that goes)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "newcomer.json")
     asked = parser.parse_args()
     if asked.keep is not None and asked.keep.exists() and any(asked.keep.iterdir()):
         parser.error(f"--keep: {asked.keep} is not empty: a newcomer begins with nothing")
@@ -109,8 +104,8 @@ def main() -> None:
             found = figures(walk(folder), revision)
         except RuntimeError as error:
             sys.exit(f"the path ended: {error}")
-    asked.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['seconds from clone to result']:8.1f} s  in all; written to {asked.out}")
+    print(f"{found['seconds from clone to result']:8.1f} s  in all")
+    write_json(asked.out, found)
 
 
 if __name__ == "__main__":
