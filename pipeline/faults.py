@@ -26,6 +26,8 @@ from pipeline.store import Store, StoreError, StoreMissingError, StoreUnwritable
 
 MESSAGE_CHARACTERS = 2000
 FOLDER = "attempts"
+READING, EVALUATING = "read-", "evaluate-"
+"""What the ledger's names of work begin with that has no id of its own."""
 _READ_THREADS = 16  # waiting for storage, not computing
 
 _Result = TypeVar("_Result")
@@ -302,11 +304,11 @@ class Ledger:
 
     def unfinished(self) -> dict[str, int]:
         """Return the number of tries by row id of every row that was begun and not ended."""
-        return dict(Counter(key.split("/")[1] for key in self.store.list(FOLDER) if key.endswith(".json")))
+        return dict(Counter(key.split("/")[1] for key in self._markers(FOLDER)))
 
     def in_flight(self) -> list[dict[str, Any]]:
         """Return what `begin` stored for the latest try of all that was begun and not ended, the oldest first."""
-        keys = sorted((key for key in self.store.list(FOLDER) if key.endswith(".json")), key=_by_number)
+        keys = sorted(self._markers(FOLDER), key=_by_number)
         latest = {key.split("/")[1]: key for key in keys}
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             markers = [marker for marker in pool.map(self._marker, latest.values()) if marker is not None]
@@ -332,8 +334,11 @@ class Ledger:
         return int(keys[-1].rsplit("/", 1)[-1].removesuffix(".json")) if keys else 0
 
     def _keys(self, row_id: str) -> list[str]:
-        keys = (key for key in self.store.list(f"{FOLDER}/{check_row_id(row_id)}") if key.endswith(".json"))
-        return sorted(keys, key=_by_number)
+        return sorted(self._markers(f"{FOLDER}/{check_row_id(row_id)}"), key=_by_number)
+
+    def _markers(self, folder: str) -> list[str]:
+        """Return the keys of all tries below a folder; last words and deadlines are none."""
+        return [key for key in self.store.list(folder) if key.endswith(".json")]
 
 
 def _key(row_id: str, number: int) -> str:

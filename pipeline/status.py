@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.faults import Ledger
+from pipeline.faults import READING, Ledger
 from pipeline.lease import Held, held
 from pipeline.manifest import Manifest, once_each
 from pipeline.pace import busy_share, recent_since, rows_per_hour
@@ -46,8 +46,8 @@ class Run:
     """What a run set out to do.
 
     planned: rows of its job. started_at: seconds since 1970. todo: those of its rows that had not ended, and kept: rows
-    in the manifest then, also of earlier plans. motions: references whose motion it
-    needs. lease_s: after so many seconds without a sign it counts as dead.
+    in the manifest then, also of earlier plans; None if that was not told. motions: references whose motion it needs.
+    lease_s: after so many seconds without a sign it counts as dead.
     """
 
     planned: int
@@ -155,11 +155,9 @@ class Status:
         """Return it as JSON values, the counts on the level of the other facts."""
         values = asdict(self)
         counts = values.pop("counts")
-        return json.loads(json.dumps({**values, **counts, "seconds_left": self.seconds_left}, default=_in_iso))
-
-
-def _in_iso(value: datetime) -> str:
-    return value.isoformat()
+        return json.loads(
+            json.dumps({**values, **counts, "seconds_left": self.seconds_left}, default=datetime.isoformat)
+        )
 
 
 class Watch:
@@ -348,7 +346,7 @@ class Whereabouts:
 def whereabouts(store: Store, motions: Collection[str]) -> Whereabouts:
     """Return where the work of a run on these motions is; two listings."""
     begun = set(Ledger(store).unfinished())
-    reading = sum(work_id.startswith("read-") for work_id in begun)
+    reading = sum(work_id.startswith(READING) for work_id in begun)
     extracting = len(begun.intersection(motions))
     stored = {PurePosixPath(key).stem for key in store.list("amf")} if motions else set()
     return Whereabouts(len(stored.intersection(motions)), reading, extracting, len(begun) - reading - extracting)

@@ -21,7 +21,17 @@ from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from pipeline import telemetry
-from pipeline.faults import Fault, JobStoppedError, Ledger, breaks_device, classify, fault_of_job, retry_faults
+from pipeline.faults import (
+    EVALUATING,
+    READING,
+    Fault,
+    JobStoppedError,
+    Ledger,
+    breaks_device,
+    classify,
+    fault_of_job,
+    retry_faults,
+)
 from pipeline.job import Job
 from pipeline.logs import ERROR, INFO, WARNING, begin, event
 from pipeline.manifest import Manifest
@@ -29,8 +39,6 @@ from pipeline.relay import forward
 from pipeline.store import Store
 
 _Result = TypeVar("_Result")
-READING, EVALUATING = "read-", "evaluate-"
-"""What the ledger's names of work begin with that has no id of its own."""
 Rung = Callable[[], AbstractContextManager[None]]
 """A way to do the work, entered for its length."""
 
@@ -154,7 +162,7 @@ class Desk:
 
         def failed(error: BaseException, again: bool = True) -> Fault:
             fault = classify(error)
-            tell_of_failure(work_id, self.stage, number, fault, again)
+            self._tell_of_failure(work_id, number, fault, again)
             return fault
 
         patience = (policy.attempts, policy.base_seconds, policy.max_seconds, sleep)
@@ -168,7 +176,33 @@ class Desk:
                 fault = failed(error, again=lower)
                 if not lower:
                     return Outcome(None, _rows_own(fault), number)
-                event("rung_lowered", WARNING, **name_of(work_id, self.stage))
+                event("rung_lowered", WARNING, **self._name_of(work_id))
+
+    def tell_of_end(self, name: str, work_id: str, outcome: Outcome[Any], seconds: float) -> None:
+        """Write into the log, as an event of this name, how a piece of work ended that is no row of the manifest."""
+        fault = outcome.fault
+        told = {} if fault is None else {"error_kind": fault.kind, "message": fault.message}
+        event(
+            name,
+            INFO if fault is None else WARNING,
+            **self._name_of(work_id),
+            status="ok" if fault is None else "failed",
+            attempts=outcome.attempts,
+            seconds=seconds,
+            **told,
+        )
+
+    def _tell_of_failure(self, work_id: str, attempt: int, fault: Fault, again: bool) -> None:
+        """Write into the log that an attempt failed, and whether the work is tried again."""
+        told = {"error_kind": fault.kind, "error_class": fault.error_class, "message": fault.message}
+        name = self._name_of(work_id)
+        event("attempt_failed", WARNING, **name, stage=self.stage, attempt=attempt, again=again, **told)
+
+    def _name_of(self, work_id: str) -> dict[str, str]:
+        """Return whose work it is, as the log names it."""
+        if self.stage in ("read", "extract"):
+            return {"motion_id": work_id.removeprefix(READING)}
+        return {"row_id": work_id.removeprefix(EVALUATING)}
 
     @contextmanager
     def _sound_device(self, work_id: str) -> Iterator[None]:
@@ -198,44 +232,16 @@ class Desk:
     def _leave(self, work_id: str, words: str) -> None:
         """The last act of a process whose device is broken."""
         self.ledger.note(work_id, words)
-        event("process_ended", ERROR, **name_of(work_id, self.stage), stage=self.stage, reason=words)
+        event("process_ended", ERROR, **self._name_of(work_id), stage=self.stage, reason=words)
 
     def _expire(self, work_id: str) -> None:
         """The last act of a process whose time for a piece of work is over."""
         self.ledger.expire(work_id)
         reason = f"faults.row_deadline_s ({self.job.faults.row_deadline_s:g} seconds) is over"
-        event("process_ended", ERROR, **name_of(work_id, self.stage), stage=self.stage, reason=reason)
+        event("process_ended", ERROR, **self._name_of(work_id), stage=self.stage, reason=reason)
 
     def _begin(self, work_id: str) -> int:
         return self.ledger.begin(work_id, {"stage": self.stage, "node": socket.gethostname(), "pid": os.getpid()})
-
-
-def name_of(work_id: str, stage: str) -> dict[str, str]:
-    """Return whose work it is, as the log names it."""
-    if stage in ("read", "extract"):
-        return {"motion_id": work_id.removeprefix(READING)}
-    return {"row_id": work_id.removeprefix(EVALUATING)}
-
-
-def tell_of_failure(work_id: str, stage: str, attempt: int, fault: Fault, again: bool) -> None:
-    """Write into the log that an attempt failed, and whether the work is tried again."""
-    told = {"error_kind": fault.kind, "error_class": fault.error_class, "message": fault.message}
-    event("attempt_failed", WARNING, **name_of(work_id, stage), stage=stage, attempt=attempt, again=again, **told)
-
-
-def tell_of_end(name: str, work_id: str, stage: str, outcome: Outcome[Any], seconds: float) -> None:
-    """Write into the log how a piece of work ended that is no row of the manifest."""
-    fault = outcome.fault
-    told = {} if fault is None else {"error_kind": fault.kind, "message": fault.message}
-    event(
-        name,
-        INFO if fault is None else WARNING,
-        **name_of(work_id, stage),
-        status="ok" if fault is None else "failed",
-        attempts=outcome.attempts,
-        seconds=seconds,
-        **told,
-    )
 
 
 def _end_process(last_act: Callable[[], None]) -> None:

@@ -17,11 +17,12 @@ from ditflow.metrics import METRICS
 from ditflow.metrics.base import EvaluatedClip, NotMeasurableError
 from ditflow.video import read_video
 from pipeline import telemetry
+from pipeline.faults import EVALUATING
 from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
 from pipeline.plan import Input
-from pipeline.stages.attempt import EVALUATING, Desk, Outcome, shown, stopped, tell_of_end
+from pipeline.stages.attempt import Desk, Outcome, shown, stopped
 from pipeline.stages.read import Row, read_unchanged
 
 
@@ -46,7 +47,7 @@ class EvaluateRow:
         except Exception as error:
             return stopped(made["row_id"], error)
         seconds, fault = time.perf_counter() - started, outcome.fault
-        tell_of_end("row_measured", work_id, "evaluate", outcome, seconds)
+        self._desk.tell_of_end("row_measured", work_id, outcome, seconds)
         telemetry.row_measured(self._job.name, made["variant"], None if fault is None else fault.kind, seconds)
         return shown(
             {

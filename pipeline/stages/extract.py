@@ -15,7 +15,7 @@ from ditflow.settings import MethodSettings
 from pipeline import telemetry
 from pipeline.job import Job
 from pipeline.plan import WorkRow
-from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame, tell_of_end
+from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
 from pipeline.stages.read import Row, motion_key
 from pipeline.stages.worker import Worker
 
@@ -51,7 +51,7 @@ class ExtractMotion:
         outcome: Outcome[None] = self._desk.attempt(work_id, extract, lighter=lighter)
         self._desk.ledger.end(work_id)
         seconds = time.perf_counter() - started
-        tell_of_end("motion_extracted", work_id, "extract", outcome, seconds)
+        self._desk.tell_of_end("motion_extracted", work_id, outcome, seconds)
         if outcome.fault is None:
             telemetry.reference_extracted(self._desk.job.name)
         return outcome, seconds

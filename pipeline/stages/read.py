@@ -15,9 +15,10 @@ import numpy as np
 
 from ditflow.video import Clip, OversizedVideoError, read_video
 from pipeline.cache import node_cache
+from pipeline.faults import READING
 from pipeline.job import Job, References
 from pipeline.plan import Input, WorkRow
-from pipeline.stages.attempt import READING, Desk, Outcome, faultless, not_to_blame, tell_of_end
+from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
 from pipeline.store import open_fs
 
 Row = dict[str, Any]
@@ -64,7 +65,7 @@ def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
     work_id, started = f"{READING}{row['motion_id']}", time.perf_counter()
     outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job))
     desk.ledger.end(work_id)
-    tell_of_end("reference_read", work_id, "read", outcome, time.perf_counter() - started)
+    desk.tell_of_end("reference_read", work_id, outcome, time.perf_counter() - started)
     return outcome
 
 

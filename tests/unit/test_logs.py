@@ -13,7 +13,7 @@ from pipeline.job import Job, Output
 from pipeline.lease import Lease
 from pipeline.logs import DEBUG, LogSettings, begin, chosen, event
 from pipeline.run import sole_run
-from pipeline.stages.attempt import Desk, tell_of_end
+from pipeline.stages.attempt import Desk
 from pipeline.store import Store, StoreError
 
 LOST = ConnectionResetError("the connection was lost")
@@ -193,7 +193,7 @@ def test_the_end_of_a_reference_is_told_with_its_fault(tmp_path, capsys):
         raise ValueError("the clip is too short")
 
     desk = desk_of(tmp_path, "json:warning", "read")
-    tell_of_end("reference_read", "read-0a", "read", desk.attempt("read-0a", work), 1.0)
+    desk.tell_of_end("reference_read", "read-0a", desk.attempt("read-0a", work), 1.0)
     _, ended = written(capsys)
     assert {key: ended[key] for key in ("event", "motion_id", "status", "error_kind", "message")} == {
         "event": "reference_read",
