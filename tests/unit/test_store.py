@@ -297,11 +297,11 @@ def test_missing_credentials_are_a_refusal_that_says_what_to_set(s3_store, monke
         s3_store.read("a")
 
 
-def test_the_storage_options_of_the_readme_reach_the_client(monkeypatch):
+def test_the_storage_options_of_the_documentation_reach_the_client(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    options = yaml.safe_load(readme[readme.index("storage_options:") :].split("```")[0])["storage_options"]
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    options = yaml.safe_load(page[page.index("storage_options:") :].split("```")[0])["storage_options"]
     fs, _ = open_fs("s3://bucket/folder", options)
     fs.connect()
     client = fs.s3.meta
