@@ -40,6 +40,7 @@ from pipeline.manifest import MERGED, Manifest, parquet_bytes
 from pipeline.plan import make_plan
 from pipeline.record import SCHEMA, make_row, rows_to_table
 from pipeline.run import ROWS_REMEMBERED, connect
+from pipeline.status import Watch
 from pipeline.store import Store
 
 CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 60, 25, 0
@@ -125,15 +126,8 @@ def _job_on(swift: SwiftServer, folder: Path, **changes: Any) -> Path:
 def planning(folder: Path, swift: SwiftServer) -> dict[str, Any]:
     """Planning a job of a million rows against a manifest that has them all, and memory, in a process of its own."""
     job = _large_job(folder, PLANNED_ROWS)
-    ids = [row.row_id for row in make_plan(job, "revision").todo]
-    _record(job.store(), ids)
-    told = subprocess.run(
-        [sys.executable, "-m", "benchmarks.reliability", "--plan", str(folder), "--rows", str(PLANNED_ROWS)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return json.loads(told.stdout)
+    _record(job.store(), _ids(job))
+    return _alone("plan", folder, PLANNED_ROWS)
 
 
 def plan_once(folder: Path, rows: int) -> dict[str, Any]:
@@ -153,17 +147,38 @@ def plan_once(folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
+def watching(folder: Path, swift: SwiftServer) -> dict[str, Any]:
+    """What `ditflow status` reads, in a process of its own: of a million rows, and of ten thousand before merging."""
+    merged, single = _large_job(folder, PLANNED_ROWS), _large_job(folder, RESUMED_ROWS)
+    _record(merged.store(), _ids(merged))
+    _commit(Manifest(single.store()), _ids(single))
+    return {"merged": _alone("look", folder, PLANNED_ROWS), "single": _alone("look", folder, RESUMED_ROWS)}
+
+
+def look_once(folder: Path, rows: int) -> dict[str, Any]:
+    """Look at the large job in `folder`, and once more; return rows, seconds and peak memory in MiB."""
+    watch, before, started = Watch(_large_job(folder, rows).store()), _peak_mib(), time.perf_counter()
+    status = watch.look()
+    first, started = time.perf_counter() - started, time.perf_counter()
+    watch.look()
+    return {
+        "rows": sum(status.counts.values()),
+        "seconds": round(first, 2),
+        "seconds, again": round(time.perf_counter() - started, 2),
+        "peak MiB": _peak_mib(),
+        "peak MiB before": before,
+    }
+
+
 def resume(folder: Path, swift: SwiftServer) -> dict[str, Any]:
     """What a job of ten thousand rows, all but none of them ended, costs before the first row that is left begins."""
     job = _large_job(folder, RESUMED_ROWS)
-    ids = [row.row_id for row in make_plan(job, "revision").todo]
-    manifest = Manifest(job.store())
+    ids, manifest = _ids(job), Manifest(job.store())
     remembered = len(ids) - ROWS_REMEMBERED + 1  # as a run leaves them that is killed at the worst moment
     for some in (ids[:remembered], ids[remembered:]):
         if some[0] != ids[0]:
             manifest.remember()
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda row_id: manifest.commit(_ended(row_id)), some))
+        _commit(manifest, some)
     started = time.perf_counter()
     plan = make_plan(job, "revision")
     single = time.perf_counter() - started
@@ -181,9 +196,19 @@ def _large_job(folder: Path, rows: int) -> Job:
     return replace(spec.job, prompts=prompts, seeds=seeds, output=Output(str(folder / f"large-{rows}")))
 
 
+def _ids(job: Job) -> list[str]:
+    return [row.row_id for row in make_plan(job, "revision").todo]
+
+
 def _ended(row_id: str) -> dict[str, Any]:
     output = {"output_uri": f"s3://bucket/videos/{row_id}.mp4", "output_sha256": "0" * 64, "output_bytes": 1}
     return make_row(row_id=row_id, status="ok", prompt="a red ball", losses=[1.0] * 50, spec_json="{}", **output)
+
+
+def _commit(manifest: Manifest, ids: list[str]) -> None:
+    """Write rows as actors do, each into a file of its own."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda row_id: manifest.commit(_ended(row_id)), ids))
 
 
 def _record(store: Store, ids: list[str]) -> None:
@@ -193,6 +218,12 @@ def _record(store: Store, ids: list[str]) -> None:
         part = ids[start : start + ROWS_PER_FILE]
         table = one.take(pa.array([0] * len(part))).set_column(0, SCHEMA.field("row_id"), pa.array(part, pa.string()))
         store.put(f"manifest/{MERGED}{start:012d}.parquet", parquet_bytes(table))
+
+
+def _alone(name: str, folder: Path, rows: int) -> dict[str, Any]:
+    """Return what one of ALONE tells in a process of its own."""
+    arguments = [sys.executable, "-m", "benchmarks.reliability", "--alone", name, str(folder), str(rows)]
+    return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _peak_mib() -> int:
@@ -232,17 +263,20 @@ PARTS: dict[str, Callable[[Path, SwiftServer], Any]] = {
     "storm": storm_of_503,
     "refusal": refusal,
     "planning": planning,
+    "watching": watching,
     "resume": resume,
     "hostile": hostile,
     "fuzzing": fuzzing,
 }
+ALONE = {"plan": plan_once, "look": look_once}
 
 
 def main() -> None:
     """Measure the parts that are asked for and write them among the others."""
     asked = _parser().parse_args()
-    if asked.plan is not None:
-        print(json.dumps(plan_once(asked.plan, asked.rows)))
+    if asked.alone is not None:
+        name, folder, rows = asked.alone
+        print(json.dumps(ALONE[name](Path(folder), int(rows))))
         return
     results = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder, SwiftServer(_made(Path(folder) / "swift")) as swift:
@@ -265,8 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
-    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, default=PLANNED_ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     return parser
 
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.record import (
     COLUMN_NAMES,
+    PHASES,
     SCHEMA,
     SCHEMA_VERSION,
     VERSION_KEY,
@@ -41,8 +42,13 @@ FOLDER = "manifest"
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
 BANK_INDEX_KEY = "banks/index.parquet"
 """Made of the banks, and no output of a row: see `pipeline.catalogue`."""
-STATUSES_KEY = "statuses.parquet"
-"""How rows ended, for planning: a copy of what their records say, which is trusted only of records left unchanged."""
+DIGEST_KEY = "digest.parquet"
+"""DIGEST of the rows with a file of their own: a copy, which is trusted only of records left unchanged."""
+DIGEST = (
+    "row_id", "status", "error_kind", "loss_first", "loss_final", *(f"seconds_{phase}" for phase in PHASES),
+    "seconds_total", "peak_memory_bytes", "node", "process", "finished_at",
+)  # fmt: skip
+"""What planning and watching ask of every row."""
 MERGED = "merged-"
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
@@ -109,28 +115,35 @@ class Manifest:
 
     def statuses(self) -> dict[str, str]:
         """Return the status of every recorded row by its id. Records that `remember` has read are not read again."""
-        remembered = self._remembered()
-        tables = [table for _, table in self.tables(["row_id", "status"], known=remembered)]
-        table = pa.concat_tables([_schema(["row_id", "status"]).empty_table(), *tables])
-        read = zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True)
-        return {**{_row_id(key): status for key, status in remembered.items()}, **dict(read)}
+        wanted, known = ["row_id", "status"], self.remembered(self.entries())
+        read = [table for _, table in self.tables(wanted, known=known["key"].to_pylist())]
+        table = pa.concat_tables([known.select(wanted), *read])
+        return dict(zip(table["row_id"].to_pylist(), table["status"].to_pylist(), strict=True))
 
     def remember(self) -> None:
-        """Keep the statuses of all rows with a file of their own, so that the next plan need not read those files.
+        """Keep DIGEST of all rows with a file of their own, so that the next plan or watch need not read those files.
 
         For the one run that works on the output.
         """
         # Listed first: a record that changes from now on is another than the one that is listed.
         entries = self.entries()
-        statuses = self.statuses()
-        kept = [key for key in entries if not _row_id(key).startswith(MERGED) and _row_id(key) in statuses]
-        columns = {
-            "key": pa.array(kept, pa.string()),
-            "bytes": pa.array([entries[key].bytes for key in kept], pa.int64()),
-            "written": pa.array([entries[key].written for key in kept], pa.timestamp("us", tz="UTC")),
-            "status": pa.array([statuses[_row_id(key)] for key in kept], pa.string()),
-        }
-        self.store.put(STATUSES_KEY, parquet_bytes(pa.table(columns)))
+        known = self.remembered(entries)
+        skipped = {*known["key"].to_pylist(), *filter(_is_merged, entries)}
+        read = [(key, table) for key, table in self.tables(DIGEST, known=skipped) if key in entries]
+        kept = [_with_entry(key, entries[key], table) for key, table in read]
+        self.store.put(DIGEST_KEY, parquet_bytes(pa.concat_tables([known, *kept])))
+
+    def remembered(self, entries: Mapping[str, Entry]) -> Any:
+        """Return DIGEST of the records that are, by a listing, as `remember` has read them, with their `key`."""
+        try:
+            digest = pq.read_table(pa.BufferReader(self.store.read(DIGEST_KEY)))
+        except (StoreMissingError, pa.ArrowException):
+            return _DIGEST_SCHEMA.empty_table()  # it is only a copy
+        if not digest.schema.equals(_DIGEST_SCHEMA):
+            return _DIGEST_SCHEMA.empty_table()
+        marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
+        same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
+        return digest.filter(pa.array(same, pa.bool_()))
 
     def get(self, row_id: str) -> dict[str, Any] | None:
         """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
@@ -238,20 +251,6 @@ class Manifest:
     def _keys(self) -> list[str]:
         return [*self.entries()]
 
-    def _remembered(self) -> dict[str, str]:
-        """Return {key: status} of the records that are as `remember` has read them."""
-        try:
-            rows = pq.read_table(pa.BufferReader(self.store.read(STATUSES_KEY))).to_pylist()
-            known = {row["key"]: (row["bytes"], row["written"], row["status"]) for row in rows}
-        except (StoreMissingError, pa.ArrowException, KeyError):
-            return {}  # it is only a copy
-        entries = self.entries() if known else {}
-        return {
-            key: status
-            for key, (size, written, status) in known.items()
-            if written is not None and key in entries and (entries[key].bytes, entries[key].written) == (size, written)
-        }
-
     def _output_sizes(self) -> dict[str, int]:
         sizes = {key: size for folder in OUTPUT_FOLDERS for key, size in self.store.sizes(folder).items()}
         return {key: size for key, size in sizes.items() if key != BANK_INDEX_KEY}
@@ -259,7 +258,7 @@ class Manifest:
     def _keys_by_kind(self) -> tuple[list[str], list[str]]:
         """Return the keys of single rows' files, and those of merged ones."""
         keys = self._keys()
-        merged = [key for key in keys if _row_id(key).startswith(MERGED)]
+        merged = [*filter(_is_merged, keys)]
         return sorted(set(keys) - set(merged)), merged
 
     def load(self, key: str, columns: Iterable[str] = COLUMN_NAMES) -> Any:
@@ -382,6 +381,10 @@ def _row_id(key: str) -> str:
     return key.removeprefix(f"{FOLDER}/").removesuffix(".parquet")
 
 
+def _is_merged(key: str) -> bool:
+    return _row_id(key).startswith(MERGED)
+
+
 # ------------------------------------------------------------------------------------------------- Parquet
 
 
@@ -432,6 +435,22 @@ def _conform(table: Any, columns: Iterable[str]) -> Any:
 
 def _schema(columns: Iterable[str]) -> Any:
     return pa.schema([SCHEMA.field(name) for name in columns], metadata=SCHEMA.metadata)
+
+
+_ENTRY = ("key", "bytes", "written")
+"""Of the file that a digest's row was read from."""
+_DIGEST_SCHEMA = pa.schema(
+    [*zip(_ENTRY, (pa.string(), pa.int64(), pa.timestamp("us", tz="UTC")), strict=True), *_schema(DIGEST)]
+)
+
+
+def _with_entry(key: str, entry: Entry, table: Any) -> Any:
+    """Return a file's rows as rows of a digest."""
+    columns = [
+        pa.array([value] * len(table), _DIGEST_SCHEMA.field(name).type)
+        for name, value in zip(_ENTRY, (key, entry.bytes, entry.written), strict=True)
+    ]
+    return pa.Table.from_arrays([*columns, *table.columns], schema=_DIGEST_SCHEMA)
 
 
 def once_each(table: Any) -> Any:

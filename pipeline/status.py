@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.faults import READING, Ledger
 from pipeline.lease import Held, held
-from pipeline.manifest import Manifest, once_each
+from pipeline.manifest import DIGEST, Manifest, once_each
 from pipeline.pace import busy_share, recent_since, rows_per_hour
 from pipeline.record import PHASES
 from pipeline.store import Entry, Store, StoreMissingError
@@ -31,10 +30,6 @@ RUN_KEY = "run.json"
 SHOWN_FAILURES = 5
 _MOST_PIECES = 1000
 
-_COLUMNS = (
-    "row_id", "status", "error_kind", "loss_first", "loss_final", *(f"seconds_{phase}" for phase in PHASES),
-    "seconds_total", "peak_memory_bytes", "node", "process", "finished_at",
-)  # fmt: skip
 _WORK = ["node", "process", "seconds_total", "finished_at"]
 _FAILURE = ("row_id", "status", "error_kind", "error_message", "finished_at")
 _FILE = "file"
@@ -200,14 +195,23 @@ class Watch:
         entries = self._manifest.entries()
         if any(entries.get(key) != entry for key, entry in self._known.items()):
             self._known, self._files, self._rows = {}, [], _nothing()
+        if not self._known:
+            self._begin(entries)
         listed, newer = [self._rows], list[Any]()
-        for key, table in self._manifest.tables(_COLUMNS, known=self._known):
-            numbered = table.append_column(_FILE, pa.array(np.full(len(table), len(self._files), np.int32)))
+        for key, table in self._manifest.tables(DIGEST, known=self._known):
+            numbered = _in_files(table, [len(self._files)] * len(table))
             self._files.append(key)
             (listed if key in entries else newer).append(numbered)
         self._known = {key: entries[key] for key in [*self._known, *self._files] if key in entries}
         self._rows = _in_few_pieces(pa.concat_tables(listed))
         return once_each(pa.concat_tables([self._rows, *newer]))
+
+    def _begin(self, entries: Mapping[str, Entry]) -> None:
+        """Take what the run itself remembers of its rows, instead of reading a file for each."""
+        rows = self._manifest.remembered(entries)
+        self._files = rows["key"].to_pylist()
+        self._known = {key: entries[key] for key in self._files}
+        self._rows = _in_files(rows.select(DIGEST), range(len(rows)))
 
     def _failures(self, rows: Any) -> tuple[Failure, ...]:
         """Return the rows that failed last, newest first, with their reasons, which are read of these alone."""
@@ -239,7 +243,11 @@ class Watch:
 
 
 def _nothing() -> Any:
-    return Manifest.empty(_COLUMNS).append_column(_FILE, pa.array([], pa.int32()))
+    return _in_files(Manifest.empty(DIGEST), [])
+
+
+def _in_files(rows: Any, numbers: Sequence[int]) -> Any:
+    return rows.append_column(_FILE, pa.array(numbers, pa.int32()))
 
 
 def _in_few_pieces(table: Any) -> Any:

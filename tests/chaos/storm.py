@@ -157,9 +157,8 @@ class Storm:
                 if driver.poll() is not None:
                     driver = self._next_driver(driver)
                 elif left and self._ended() >= left[0].rows:
-                    kill = left.pop(0)
-                    self._strike(kill.kind, driver)
-                    self.report.kills[kill.kind] += 1
+                    kind = left.pop(0).kind
+                    self.report.kills[kind] += self._strike(kind, driver)
                 time.sleep(0.1)
         self.report.seconds = round(time.monotonic() - started, 1)
         self._take_stock()
@@ -183,14 +182,16 @@ class Storm:
     def _ended(self) -> int:
         return len(self.store.list("manifest"))
 
-    def _strike(self, kind: str, driver: subprocess.Popen) -> None:
-        {
+    def _strike(self, kind: str, driver: subprocess.Popen) -> bool:
+        """Return whether it struck: there may be no actor any more."""
+        struck = {
             "driver": lambda: self._kill_driver(driver),
-            "actor": self._kill_actor,
+            "actor": lambda: self._kill_actor(driver),
             "node": self._kill_node,
             "object server": self._kill_object_server,
             "503 burst": self._burst,
         }[kind]()
+        return struck is not False
 
     def _kill_driver(self, driver: subprocess.Popen) -> None:
         driver.kill()
@@ -203,14 +204,15 @@ class Storm:
     def _rows_in_flight(self) -> set[str]:
         return {work for work in self.ledger.unfinished() if work in self._row_ids}
 
-    def _kill_actor(self) -> None:
-        """Kill a process that makes rows; wait for one if there is none."""
+    def _kill_actor(self, driver: subprocess.Popen) -> bool:
+        """Kill a process that makes rows; wait for one as long as the driver runs. Return whether there was one."""
         deadline = time.monotonic() + 120
         while not (actors := _children(self._raylets(), ACTOR)):
-            if time.monotonic() > deadline:
-                return
+            if driver.poll() is not None or time.monotonic() > deadline:
+                return False
             time.sleep(0.2)
         os.kill(random.Random(self._seed).choice(actors), signal.SIGKILL)
+        return True
 
     def _raylets(self) -> set[int]:
         return {info.process.pid for node in self._nodes.list_all_nodes() for info in node.all_processes["raylet"]}

@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.manifest import Manifest, ManifestError, output_key
+from pipeline.manifest import Manifest, ManifestError, output_key, parquet_bytes
 from pipeline.record import COLUMN_NAMES, COLUMNS, SCHEMA, RecordError, make_row, rows_to_table
 from pipeline.store import Store
 
@@ -516,8 +516,16 @@ def test_what_was_remembered_and_then_merged_counts_once(manifest):
     assert manifest.statuses() == dict.fromkeys("abcd", "failed")
 
 
+def test_a_memory_with_other_columns_is_no_memory(manifest):
+    manifest.commit(failed("a"))
+    manifest.remember()
+    digest = pq.read_table(pa.BufferReader(manifest.store.read("digest.parquet")))
+    manifest.store.put("digest.parquet", parquet_bytes(digest.drop_columns(["node"])))
+    assert manifest.statuses() == {"a": "failed"}
+
+
 def test_a_damaged_memory_is_no_memory(manifest):
     manifest.commit(failed("a"))
     manifest.remember()
-    manifest.store.put("statuses.parquet", b"PAR1 and no more")
+    manifest.store.put("digest.parquet", b"PAR1 and no more")
     assert manifest.statuses() == {"a": "failed"}

@@ -174,6 +174,22 @@ def test_what_was_read_is_read_only_once(s3_store, s3):
     assert len(read) == 1
 
 
+def test_what_the_run_remembers_of_its_rows_is_not_read_row_by_row(s3_store, s3):
+    for row_id, status in (("a", "ok"), ("b", "failed"), ("c", "ok")):
+        commit(s3_store, row_id, 1, status)
+    plain = Watch(s3_store).look(at(9))
+    Manifest(s3_store).remember()
+    assert Watch(s3_store).look(at(9)) == plain
+    commit(s3_store, "d", 2, seconds_total=3.0)
+    Manifest(s3_store).forget(["b"])
+    commit(s3_store, "b", 3)
+    s3.requests.clear()
+    status = Watch(s3_store).look(at(9))
+    assert (status.counts, status.mean_seconds) == ({"ok": 4}, 3.0)
+    read = [request.split("?")[0] for request in s3.requests if request.startswith("GET")]
+    assert sorted(key.rsplit("/", 1)[1] for key in read if "/manifest/" in key) == ["b.parquet", "d.parquet"]
+
+
 def test_a_file_that_was_replaced_or_removed_is_not_believed_any_more(local_store):
     watch = Watch(local_store)
     commit(local_store, "a", 1)
