@@ -41,6 +41,8 @@ from ditflow.types import PositionEmbedding, TokenGrid
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
 DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
+BEFORE = replace(DEFAULT, drafts=4, averaged=False)
+"""What `lasting` was when its neighbours were tried."""
 GUIDED = MethodSettings(optimize="position")
 REUSED = MethodSettings(optimize="position")
 """Of a bank: its reference is injected, and nothing optimised."""
@@ -53,10 +55,11 @@ RECIPES = {
         optimize="coordinates", learning_rate=(0.15, 0.075), iterations=10, drafts=4
     ),
     "coordinates, lasting, 1 draft": replace(DEFAULT, drafts=1),
+    "coordinates, lasting, 4 drafts, the last iterate": BEFORE,
     "coordinates, lasting": DEFAULT,
 }
 MOVED = "coordinates, moved along the flow, not learned"
-BASE = replace(DEFAULT, guided_steps=10, stay=0.0)
+BASE = replace(BEFORE, guided_steps=10)
 SWEEP = {
     "base": BASE,
     "rate / 3": replace(BASE, learning_rate=(0.05, 0.025)),

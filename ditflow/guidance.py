@@ -59,17 +59,22 @@ def optimise(
     learning_rate: float,
     iterations: int,
     penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
+    averaged: bool = False,
 ) -> list[float]:
     """Minimise `loss_of() + penalty_of()` over `variables` in place with a new Adam.
 
+    averaged: leave the variables at the mean of what they were after each of the last half of the updates, rounded up,
+    instead of what they were after the last: what the updates do not agree about goes out of it (Polyak averaging).
     Returns the loss before each update, without the penalty.
 
     Raises NonFiniteLossError at once when a loss is NaN or infinite.
     """
     variables = list(variables)
     optimiser = torch.optim.Adam(variables, lr=learning_rate)
+    first_kept = iterations // 2 if averaged else iterations - 1
+    sums = [torch.zeros_like(variable) for variable in variables]
     losses: list[float] = []
-    for _ in range(iterations):
+    for number in range(iterations):
         optimiser.zero_grad()
         loss = loss_of()
         losses.append(loss.item())
@@ -80,6 +85,12 @@ def optimise(
             )
         (loss + penalty_of()).backward(inputs=variables)
         optimiser.step()
+        if number >= first_kept:
+            for total, variable in zip(sums, variables, strict=True):
+                total += variable.detach()
+    with torch.no_grad():
+        for total, variable in zip(sums, variables, strict=True):
+            variable.copy_(total / (iterations - first_kept))
     return losses
 
 
@@ -149,9 +160,10 @@ class Guidance:
         rate: float,
         penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
     ) -> list[float]:
-        assert self.method.iterations is not None, "resolve() first"
+        iterations, averaged = self.method.iterations, self.method.averaged
+        assert iterations is not None and averaged is not None, "resolve() first"
         with torch.enable_grad():
-            return optimise(variables, loss_of, rate, self.method.iterations, penalty_of)
+            return optimise(variables, loss_of, rate, iterations, penalty_of, averaged)
 
     def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
         """Motion loss of a draft, averaged over the guidance blocks."""

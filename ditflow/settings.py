@@ -82,7 +82,7 @@ class MethodSettings:
         (t, y, x) of the tokens, of which the embedding is made.
     preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
         short, and SMM's other anchors and cosines; or `lasting`, this project's own way to learn positions that serve
-        other prompts and seeds: `measured` is `prediction`, with 4 `drafts`.
+        other prompts and seeds: `measured` is `prediction`, `averaged`, with 8 `drafts`.
     blocks: transformer blocks whose attention guides; losses are averaged over them.
     temperature: tau, multiplies the logits of the softmax.
     guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
@@ -96,6 +96,7 @@ class MethodSettings:
     measured: where the new video's motion is measured: in the `pass` that is optimised, as the paper does, or in the
         clean video that this pass predicts, looked at as the reference was, without what is optimised (`prediction`).
         The first can be satisfied by an embedding that moves attention alone; the second only by a video that moves.
+    averaged: end a guided step with the mean of what the last half of its iterations came to, instead of the last one.
     drafts: how many generations a bank is learned over at once, each from noise of its own, in turns.
     stay: weight of the mean squared move of `coordinates`, in patches, beside the loss.
     smooth: weight of the mean squared difference between the moves of neighbours.
@@ -117,6 +118,7 @@ class MethodSettings:
     reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
     measured: Literal["pass", "prediction"] | None = None
+    averaged: bool | None = None
     drafts: int | None = None
     stay: float = 0.0
     smooth: float = 0.0
@@ -184,7 +186,8 @@ class MethodSettings:
         values = {name: getattr(defaults, name) for name in names}
         lasting = self.preset == "lasting"
         values["measured"] = "prediction" if lasting else "pass"
-        values["drafts"] = 4 if lasting and self.learns_positions else 1
+        values["averaged"] = lasting
+        values["drafts"] = 8 if lasting and self.learns_positions else 1
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def count_guided_steps(self, steps: int) -> int:

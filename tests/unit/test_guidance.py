@@ -64,6 +64,16 @@ def test_optimising_is_adam_step_by_step():
     assert losses == pytest.approx(expected_losses, rel=1e-10)
 
 
+@pytest.mark.parametrize(("iterations", "kept"), [(1, [1]), (2, [2]), (5, [3, 4, 5]), (6, [4, 5, 6])])
+def test_averaged_is_the_mean_over_the_last_half_of_the_updates(iterations, kept):
+    variable = zeros()
+    losses = optimise([variable], lambda: quadratic(variable), 0.1, iterations, averaged=True)
+    start = torch.zeros(3, dtype=torch.float64)
+    expected = torch.stack([adam_by_hand(start, 0.1, number)[0] for number in kept]).mean(dim=0)
+    torch.testing.assert_close(variable.detach(), expected, rtol=1e-10, atol=0)
+    assert losses == pytest.approx(adam_by_hand(start, 0.1, iterations)[1], rel=1e-10)
+
+
 def test_there_is_one_loss_per_iteration_and_the_first_is_that_of_the_start():
     variable = zeros()
     losses = optimise([variable], lambda: quadratic(variable), 0.1, iterations=5)
