@@ -141,7 +141,7 @@ def test_the_lasting_preset_measures_what_is_predicted_over_several_drafts():
     lasting = MethodSettings(optimize="coordinates", preset="lasting")
     own = replace(DEFAULTS, lasting={"coordinates": {"iterations": 7, "learning_rate": (0.4, 0.3)}})
     resolved = lasting.resolve(own)
-    assert (resolved.measured, resolved.drafts, resolved.iterations) == ("prediction", 4, 7)
+    assert (resolved.measured, resolved.averaged, resolved.drafts, resolved.iterations) == ("prediction", True, 8, 7)
     assert resolved.learning_rate == (0.4, 0.3)
     assert replace(lasting, drafts=2, measured="pass").resolve(own).drafts == 2
     assert replace(lasting, drafts=2, measured="pass").resolve(own).measured == "pass"
