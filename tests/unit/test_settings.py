@@ -164,7 +164,7 @@ def test_defaults_of_unknown_losses_and_of_what_a_loss_has_not_are_refused(losse
 
 def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
-    own, of_the_paper = MethodSettings(), {"measured": "pass", "drafts": 1}
+    own, of_the_paper = MethodSettings(), {"measured": "pass", "averaged": False, "drafts": 1}
     for field in fields(MethodSettings):
         expected = getattr(own, field.name)
         expected = getattr(DEFAULTS, field.name, of_the_paper.get(field.name)) if expected is None else expected
@@ -176,7 +176,7 @@ def test_resolve_fills_whatever_is_none_from_the_model():
 
 def test_resolve_leaves_what_is_set_as_it_is():
     method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, "all")
-    method = replace(method, measured="prediction", drafts=3)
+    method = replace(method, measured="prediction", averaged=True, drafts=3)
     assert method.resolve(DEFAULTS) == method
     sampling = SamplingSettings(steps=8, guidance_scale=1.0, dynamic_guidance_scale=False)
     assert sampling.resolve(DEFAULTS) == sampling
