@@ -37,6 +37,7 @@ from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, settings_dict
 from ditflow.transfer import learn_bank
 from ditflow.types import PositionEmbedding, TokenGrid
+from pipeline.job import Output
 
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
@@ -46,18 +47,16 @@ BEFORE = replace(DEFAULT, drafts=4, averaged=False)
 GUIDED = MethodSettings(optimize="position")
 REUSED = MethodSettings(optimize="position")
 """Of a bank: its reference is injected, and nothing optimised."""
+IN_THE_PASS = MethodSettings(optimize="coordinates", learning_rate=(0.15, 0.075))
 RECIPES = {
-    "position, as the paper": MethodSettings(optimize="position"),
-    "position, measured in the pass, 4 drafts": MethodSettings(optimize="position", iterations=10, drafts=4),
+    "position, as the paper": GUIDED,
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
-    "coordinates, measured in the pass": MethodSettings(optimize="coordinates", learning_rate=(0.15, 0.075)),
-    "coordinates, measured in the pass, 4 drafts": MethodSettings(
-        optimize="coordinates", learning_rate=(0.15, 0.075), iterations=10, drafts=4
-    ),
-    "coordinates, lasting, 1 draft": replace(DEFAULT, drafts=1),
+    "coordinates, as the paper's positions": IN_THE_PASS,
     "coordinates, lasting, 4 drafts, the last iterate": BEFORE,
+    "coordinates, lasting, 4 drafts": replace(DEFAULT, drafts=4),
     "coordinates, lasting": DEFAULT,
 }
+OPTIMISED = "coordinates, guided for every video"
 MOVED = "coordinates, moved along the flow, not learned"
 BASE = replace(BEFORE, guided_steps=10)
 SWEEP = {
@@ -79,6 +78,7 @@ COMBINED = {
 }
 """The two that helped in the sweep, together."""
 AVERAGED = "the mean of all steps in each"
+BANK_ERROR = Output("").bank_error
 ERRORS = (0.01, 0.03, 0.1, 0.3)
 FIGURES = ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
 WORDS = ("colour", "shape", "background")
@@ -94,10 +94,17 @@ def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) 
 
 
 def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Score every recipe, and a bank that nobody learned."""
+    """Score every recipe, a bank that nobody learned, and guidance by coordinates; with what the banks come to."""
     backbone, clip = setting(model, seed)
+    banks = learned_each(backbone, clip, RECIPES, seed)
     moved = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
-    return reuse_scores(backbone, clip, seed, {**learned_each(backbone, clip, RECIPES, seed), MOVED: moved})
+    scores = reuse_scores(backbone, clip, seed, {**banks, MOVED: moved})
+    for name, bank in banks.items():
+        scores[name] |= {
+            "loss_final": bank.header.losses[-1][-1],
+            "times smaller": times_smaller(backbone, bank, BANK_ERROR),
+        }
+    return {**scores, OPTIMISED: mean_scores(backbone, clip, seed, clip, IN_THE_PASS)}
 
 
 class BothLosses(Guidance):
@@ -147,9 +154,8 @@ def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
     for name in ("coordinates, lasting", "position, lasting"):
         bank = learned(backbone, clip, RECIPES[name], seed)
         for error in (0.0, *ERRORS):
-            kept = bank.compacted(error)
-            smaller = fp32_bytes(backbone, bank) / sum(values.nbytes for values in kept.parts.values())
-            reused = mean_scores(backbone, clip, seed, kept, REUSED)
+            reused = mean_scores(backbone, clip, seed, bank.compacted(error), REUSED)
+            smaller = times_smaller(backbone, bank, error)
             scores[f"{name}, error {error:g}"] = {**reused, "times smaller": smaller}
     return scores
 
@@ -221,7 +227,8 @@ def mean_scores(
             seed=PROMPTS * seed + number,
         )
         scores.append(score_generation(made, clip, target))
-    return {figure: sum(score[figure] for score in scores) / len(scores) for figure in FIGURES}
+    figures = [figure for figure in (*FIGURES, "loss_final") if figure in scores[0]]
+    return {figure: sum(score[figure] for score in scores) / len(scores) for figure in figures}
 
 
 def targets_of(scene: Scene, seed: int) -> list[Scene]:
@@ -230,6 +237,11 @@ def targets_of(scene: Scene, seed: int) -> list[Scene]:
         with_appearance_of(scene, sample_pair(seed + number * OTHER_LOOKS, "eval", sprites=1)[1])
         for number in range(PROMPTS)
     ]
+
+
+def times_smaller(backbone: Backbone, bank: MotionBank, error: float) -> float:
+    """Return how often a bank's positions, kept with an error, fit into what the released code keeps."""
+    return fp32_bytes(backbone, bank) / sum(values.nbytes for values in bank.compacted(error).parts.values())
 
 
 def fp32_bytes(backbone: Backbone, bank: MotionBank) -> int:
