@@ -45,7 +45,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("job", _TEXT, "", "the job's name"),
     Column("kind", _TEXT, "", "extract, synthesize, build-bank or reuse"),
     Column("status", _TEXT, "", "ok, failed, or quarantined: given up because it kept killing its process"),
-    Column("reference_uri", _TEXT, "", "the video whose motion is taken"),
+    Column("reference_uri", _TEXT, "", "the video whose motion is taken; of a reused bank, what it was learned of"),
     Column("reference_sha256", _TEXT, "hex", "hash of the reference's bytes"),
     Column("prompt", _TEXT, "", "what the new video shows"),
     Column("category", _TEXT, "", "the prompt's class, such as caption, subject or scene"),

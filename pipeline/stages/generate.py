@@ -132,7 +132,18 @@ class FinishRow:
         encoded = time.perf_counter()
         stored = self._desk.store.put(self._job.key("videos", f"{work.row_id}.mp4"), data)
         timings = {"seconds_encode": encoded - encoding, "seconds_write": time.perf_counter() - encoded}
-        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
+        moved_by = self._moved_by(work, reference) if isinstance(reference, MotionBank) else {}
+        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings, **moved_by}
+
+    def _moved_by(self, work: WorkRow, bank: MotionBank) -> Columns:
+        """The columns that tell which reference a bank was learned of, so that the video can be held against it."""
+        its = bank.header.provenance
+        settings = {**self._job_of(work).row_settings(), "video": its.get("reference_video")}
+        return {
+            "reference_uri": its.get("reference_uri"),
+            "reference_sha256": its.get("reference_sha256"),
+            "spec_json": json.dumps(settings, sort_keys=True),
+        }
 
     def _build_bank(self, work: WorkRow, row: Row) -> Columns:
         """Learn a bank; its id is the row's."""
@@ -154,6 +165,7 @@ class FinishRow:
             "fps": fps,
             "reference_uri": work.reference.uri,
             "reference_sha256": work.reference.sha256,
+            "reference_video": self._job_of(work).row_settings()["video"],
             "reference_fps": reference.fps,
             "seed": work.seed,
         }

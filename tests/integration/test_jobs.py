@@ -72,10 +72,20 @@ def test_synthesize_bank_and_reuse_end_to_end(job_folder):
     reuse = {"references": {}, "banks": {"uri": str(job_folder / "bank/banks")}, "prompts": ["a cross on wood"]}
     _, tally, _ = run(write_spec(job_folder, kind="reuse", output={"uri": str(job_folder / "reuse")}, **bank, **reuse))
     assert tally.ok == 2
-    for row in rows_of(job_folder / "reuse"):
+    reused = rows_of(job_folder / "reuse")
+    for row in reused:
         assert (row["frames"], row["height"], row["width"]) == (9, 32, 32)
         assert row["bank_uri"] in {f"file://{file}" for file in files}
         assert row["losses"] == []
+    assert {used_of(row) for row in reused} == {used_of(row) for row in rows}, "a bank tells what it was learned of"
+    result = CliRunner().invoke(app, ["evaluate", str(job_folder / "reuse"), "--metric", "motion_fidelity", "--json"])
+    (entry,) = json.loads(result.stdout)["entries"]
+    assert (entry["figure"], entry["interval"]["count"]) == ("motion_fidelity", 2), result.output
+
+
+def used_of(row: dict) -> tuple[str, str, str]:
+    """Which frames of which reference a row's motion is of."""
+    return row["reference_uri"], row["reference_sha256"], json.dumps(json.loads(row["spec_json"])["video"])
 
 
 def test_one_job_compares_several_methods_over_the_same_rows(job_folder):

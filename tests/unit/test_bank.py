@@ -220,6 +220,7 @@ def bare(header: dict, tensors: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
+USED = {"frames": 9, "height": 32, "width": 32, "start": 0, "stride": 2, "fit": "crop"}
 DAMAGED = {
     "no format": (lambda bank: with_header(bank, format=None), "format None, expected a number"),
     "a grid of text": (lambda bank: with_header(bank, grid="abc"), "grid 'abc': expected three counts"),
@@ -250,6 +251,14 @@ DAMAGED = {
     "a flow of fractions": (lambda bank: renamed(bank, "flow", 2, 16, 2), "flow torch.float32 .*expected int8"),
     "a tag that is no text": (lambda bank: with_header(bank, tags=[1]), "tags .*expected up to 1000 texts"),
     "a seed of text": (lambda bank: with_header(bank, provenance={"seed": "1"}), "provenance .*expected a mapping"),
+    "a reference of no frames": (
+        lambda bank: with_header(bank, provenance={"reference_video": {**USED, "frames": 0}}),
+        "provenance .*expected a mapping",
+    ),
+    "a reference read by other words": (
+        lambda bank: with_header(bank, provenance={"reference_video": {**USED, "name": "/etc/passwd"}}),
+        "provenance .*expected a mapping",
+    ),
     "a rate of nothing": (lambda bank: with_header(bank, provenance={"fps": 0}), "provenance .*expected a mapping"),
     "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query the tensors left torch.float32 \[2, 2\]"),
     "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), r"expected numbers for 2 steps of"),

@@ -35,8 +35,8 @@ TEXT_TOKENS, TEXT_DIM = 32, 64
 SEED = 5
 TOLERANCE = 1e-4
 RATES = {"latent": (0.05, 0.02), "position": (0.01, 0.004)}
-"""Adam moves an entry by the whole rate even if its gradient is rounding alone, as a few of a position's are: its sign is
-then the processor's. The rate of positions keeps what that does to the loss below a tenth of a tolerance or so."""
+"""Adam moves an entry by the whole rate even if its gradient is rounding alone, as a few of a position's are: its sign
+is the processor's then. The rates of positions keep what that does to the loss below a tenth of the tolerance."""
 
 Position = dict[str, Tensor]
 """query_cos, query_sin, key_cos, key_sin [S, d], or additive [S, D]."""
