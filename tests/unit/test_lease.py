@@ -79,7 +79,7 @@ import sys, time
 from pipeline.lease import Lease, LeaseHeldError
 from pipeline.store import Store
 try:
-    with Lease(Store(sys.argv[1]), expires_s=1):
+    with Lease(Store(sys.argv[1], patience_s=30), expires_s=1):  # as a job has it
         began = time.monotonic()
         time.sleep(0.5)
         print(began, time.monotonic())

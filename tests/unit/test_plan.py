@@ -524,6 +524,7 @@ MATTERS = {
     "reference_flow": vary("method", reference_flow="soft"),
     "other_frames": vary("method", other_frames=True),
     "measured": vary("method", measured="prediction"),
+    "averaged": vary("method", averaged=True),
     "drafts": vary("method", drafts=2),
     "more_prompts": vary("method", more_prompts=("a ball",)),
     "stay": vary("method", stay=0.1),
