@@ -102,7 +102,7 @@ def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
     for name, bank in banks.items():
         scores[name] |= {
             "loss_final": bank.header.losses[-1][-1],
-            "times smaller": times_smaller(backbone, bank, BANK_ERROR),
+            "times smaller": times_smaller(backbone, bank.compacted(BANK_ERROR)),
         }
     return {**scores, OPTIMISED: mean_scores(backbone, clip, seed, clip, IN_THE_PASS)}
 
@@ -154,9 +154,9 @@ def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
     for name in ("coordinates, lasting", "position, lasting"):
         bank = learned(backbone, clip, RECIPES[name], seed)
         for error in (0.0, *ERRORS):
-            reused = mean_scores(backbone, clip, seed, bank.compacted(error), REUSED)
-            smaller = times_smaller(backbone, bank, error)
-            scores[f"{name}, error {error:g}"] = {**reused, "times smaller": smaller}
+            kept = bank.compacted(error)
+            reused = mean_scores(backbone, clip, seed, kept, REUSED)
+            scores[f"{name}, error {error:g}"] = {**reused, "times smaller": times_smaller(backbone, kept)}
     return scores
 
 
@@ -239,9 +239,9 @@ def targets_of(scene: Scene, seed: int) -> list[Scene]:
     ]
 
 
-def times_smaller(backbone: Backbone, bank: MotionBank, error: float) -> float:
-    """Return how often a bank's positions, kept with an error, fit into what the released code keeps."""
-    return fp32_bytes(backbone, bank) / sum(values.nbytes for values in bank.compacted(error).parts.values())
+def times_smaller(backbone: Backbone, bank: MotionBank) -> float:
+    """Return how often a bank's positions fit into what the released code keeps."""
+    return fp32_bytes(backbone, bank) / sum(values.nbytes for values in bank.parts.values())
 
 
 def fp32_bytes(backbone: Backbone, bank: MotionBank) -> int:
