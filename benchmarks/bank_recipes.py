@@ -42,9 +42,10 @@ from pipeline.job import Output
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
 DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
-BEFORE = replace(DEFAULT, drafts=4, averaged=False)
+BEFORE = replace(DEFAULT, drafts=4, averaged=False, loss_entries="nonzero", guided_steps=10)
 """What `lasting` was when its neighbours were tried."""
 GUIDED = MethodSettings(optimize="position")
+GUIDED_ALL = replace(GUIDED, loss_entries="all")
 REUSED = MethodSettings(optimize="position")
 """Of a bank: its reference is injected, and nothing optimised."""
 IN_THE_PASS = MethodSettings(optimize="coordinates", learning_rate=(0.15, 0.075))
@@ -52,29 +53,30 @@ RECIPES = {
     "position, as the paper": GUIDED,
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
     "coordinates, as the paper's positions": IN_THE_PASS,
-    "coordinates, lasting, 4 drafts, the last iterate": BEFORE,
+    "coordinates, lasting, as it was first": BEFORE,
+    "coordinates, lasting, 10 guided steps": replace(DEFAULT, guided_steps=10),
+    "coordinates, lasting, moving entries only": replace(DEFAULT, loss_entries="nonzero"),
     "coordinates, lasting, 4 drafts": replace(DEFAULT, drafts=4),
     "coordinates, lasting": DEFAULT,
 }
 OPTIMISED = "coordinates, guided for every video"
 MOVED = "coordinates, moved along the flow, not learned"
-BASE = replace(BEFORE, guided_steps=10)
 SWEEP = {
-    "base": BASE,
-    "rate / 3": replace(BASE, learning_rate=(0.05, 0.025)),
-    "rate x 2": replace(BASE, learning_rate=(0.3, 0.15)),
-    "stay 0.1": replace(BASE, stay=0.1),
-    "smooth 0.1": replace(BASE, smooth=0.1),
-    "smooth 1": replace(BASE, smooth=1.0),
-    "20 iterations": replace(BASE, iterations=20),
-    "7 guided steps": replace(BASE, guided_steps=7),
-    "5 guided steps": replace(BASE, guided_steps=5),
+    "base": BEFORE,
+    "rate / 3": replace(BEFORE, learning_rate=(0.05, 0.025)),
+    "rate x 2": replace(BEFORE, learning_rate=(0.3, 0.15)),
+    "stay 0.1": replace(BEFORE, stay=0.1),
+    "smooth 0.1": replace(BEFORE, smooth=0.1),
+    "smooth 1": replace(BEFORE, smooth=1.0),
+    "20 iterations": replace(BEFORE, iterations=20),
+    "7 guided steps": replace(BEFORE, guided_steps=7),
+    "5 guided steps": replace(BEFORE, guided_steps=5),
 }
 COMBINED = {
     **{name: SWEEP[name] for name in ("base", "stay 0.1", "5 guided steps")},
-    "stay 0.1, 7 guided steps": replace(BASE, stay=0.1, guided_steps=7),
-    "stay 0.1, 5 guided steps": replace(BASE, stay=0.1, guided_steps=5),
-    "stay 0.3, 5 guided steps": replace(BASE, stay=0.3, guided_steps=5),
+    "stay 0.1, 7 guided steps": replace(BEFORE, stay=0.1, guided_steps=7),
+    "stay 0.1, 5 guided steps": replace(BEFORE, stay=0.1, guided_steps=5),
+    "stay 0.3, 5 guided steps": replace(BEFORE, stay=0.3, guided_steps=5),
 }
 """The two that helped in the sweep, together."""
 AVERAGED = "the mean of all steps in each"
@@ -143,7 +145,7 @@ def sweep_scores(model: str, seed: int) -> dict[str, Scores]:
     banks[AVERAGED] = MotionBank.of(base.header, [means] * base.guided_steps, base.latents)
     for name, guidance in LOSSES.items():
         with mock.patch("ditflow.transfer.Guidance", guidance):
-            banks[name] = learned(backbone, clip, BASE, seed)
+            banks[name] = learned(backbone, clip, BEFORE, seed)
     return reuse_scores(backbone, clip, seed, banks)
 
 
@@ -170,6 +172,7 @@ def reuse_scores(backbone: Backbone, clip: WorldClip, seed: int, banks: Mapping[
     return {
         "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
         "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
+        "guided for every video, all entries": mean_scores(backbone, clip, seed, clip, GUIDED_ALL),
         **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
     }
 

@@ -18,8 +18,8 @@ VARIABLES = ("latent", "position", "coordinates")
 """What can be optimised."""
 _VARIABLES: Mapping[str, Mapping[str, Any]] = {"coordinates": {"learning_rate": (0.05, 0.025)}}
 _LASTING: Mapping[str, Mapping[str, Any]] = {
-    "position": {"iterations": 10, "learning_rate": (0.008, 0.004)},
-    "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075)},
+    "position": {"iterations": 10, "learning_rate": (0.008, 0.004), "drafts": 8},
+    "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075), "drafts": 8},
 }
 """Where a model does not say otherwise."""
 
@@ -51,6 +51,7 @@ class ModelDefaults:
     guided_steps: int | float = 10
     iterations: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
+    drafts: int = 1
     steps: int = 50
     guidance_scale: float = 7.0
     dynamic_guidance_scale: bool = False
@@ -82,14 +83,16 @@ class MethodSettings:
         (t, y, x) of the tokens, of which the embedding is made.
     preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
         short, and SMM's other anchors and cosines; or `lasting`, this project's own way to learn positions that serve
-        other prompts and seeds: `measured` is `prediction`, `averaged`, with 8 `drafts`.
+        other prompts and seeds: `measured` is `prediction`, `loss_entries` are `all`, `averaged`, with 8 `drafts`
+        or as many as serve the model.
     blocks: transformer blocks whose attention guides; losses are averaged over them.
     temperature: tau, multiplies the logits of the softmax.
     guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
     iterations: optimiser iterations in each guided step.
     learning_rate: Adam's rate in the first and in the last guided step, linear between.
     injection: also put the reference's keys and values into block 0 during the guided steps.
-    loss_entries: `ditflow` compares where the reference moves (`nonzero`), or everywhere (`all`).
+    loss_entries: `ditflow` compares where the reference moves (`nonzero`, the paper's), or everywhere (`all`), so that
+        what rests in the reference is asked to rest.
     loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
     reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
@@ -113,7 +116,7 @@ class MethodSettings:
     iterations: int | None = None
     learning_rate: tuple[float, float] | None = None
     injection: bool = True
-    loss_entries: Literal["nonzero", "all"] = "nonzero"
+    loss_entries: Literal["nonzero", "all"] | None = None
     loss_threshold: float = 0.0
     reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
@@ -132,7 +135,7 @@ class MethodSettings:
         presets = ("paper", "official", "lasting")
         _require(self.preset in presets, "preset", self.preset, "paper, official or lasting")
         _require(self.measured in (None, "pass", "prediction"), "measured", self.measured, "pass or prediction")
-        entries = ("nonzero", "all")
+        entries = (None, "nonzero", "all")
         _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
         threshold = self.loss_threshold
         _require(0 <= threshold < math.inf, "loss_threshold", threshold, "a number of patches, 0 or more (paper: 0)")
@@ -185,9 +188,10 @@ class MethodSettings:
         names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
         values = {name: getattr(defaults, name) for name in names}
         lasting = self.preset == "lasting"
+        values["loss_entries"] = "all" if lasting else "nonzero"
         values["measured"] = "prediction" if lasting else "pass"
         values["averaged"] = lasting
-        values["drafts"] = 8 if lasting and self.learns_positions else 1
+        values["drafts"] = defaults.drafts if self.learns_positions else 1
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def count_guided_steps(self, steps: int) -> int:

@@ -38,7 +38,7 @@ class AttentionMotionFlowLoss:
     @classmethod
     def from_settings(cls, method: MethodSettings) -> AttentionMotionFlowLoss:
         """Return the loss that resolved settings describe."""
-        assert method.temperature is not None, "resolve() first"
+        assert method.temperature is not None and method.loss_entries is not None, "resolve() first"
         return cls(method.temperature, method.loss_entries, method.loss_threshold, method.reference_flow)
 
     def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:

@@ -106,6 +106,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3, 4],
         "learning_rate": [0.08, 0.04],
         "variables": {"position": {"learning_rate": [0.002, 0.001]}},
+        "lasting": {"coordinates": {"guided_steps": 8}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -118,6 +119,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3],
         "learning_rate": [0.02, 0.01],
         "variables": {"position": {"learning_rate": [0.01, 0.005]}},
+        "lasting": {"coordinates": {"guided_steps": 6, "iterations": 20, "learning_rate": [0.25, 0.125], "drafts": 16}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -127,7 +129,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What `python -m benchmarks.mini_sweep` found best; `ditflow.json` of each folder."""
+"""What `python -m benchmarks.mini_sweep` found best, and for lasting banks `python -m benchmarks.bank_recipes`;
+`ditflow.json` of each folder."""
 
 
 class Training:

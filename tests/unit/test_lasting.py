@@ -172,7 +172,7 @@ def test_a_bank_depends_on_its_seed_its_drafts_and_what_they_show(rotary_backbon
 
 def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, moving_video):
     """The positions that guidance itself finds on its way to a video."""
-    own = {"drafts": 1, "measured": "pass", "averaged": False}
+    own = {"drafts": 1, "measured": "pass", "averaged": False, "loss_entries": "nonzero"}
     method = replace(METHOD, **own)
     motion = extract_motion(rotary_backbone, moving_video, method)
     bank = bank_of(rotary_backbone, motion, **own)

@@ -142,12 +142,22 @@ def test_the_lasting_preset_measures_what_is_predicted_over_several_drafts():
     own = replace(DEFAULTS, lasting={"coordinates": {"iterations": 7, "learning_rate": (0.4, 0.3)}})
     resolved = lasting.resolve(own)
     assert (resolved.measured, resolved.averaged, resolved.drafts, resolved.iterations) == ("prediction", True, 8, 7)
-    assert resolved.learning_rate == (0.4, 0.3)
+    assert (resolved.loss_entries, resolved.learning_rate) == ("all", (0.4, 0.3))
     assert replace(lasting, drafts=2, measured="pass").resolve(own).drafts == 2
     assert replace(lasting, drafts=2, measured="pass").resolve(own).measured == "pass"
     paper = replace(lasting, preset="paper").resolve(own)
     assert (paper.measured, paper.drafts, paper.iterations) == ("pass", 1, own.iterations)
-    assert replace(lasting, optimize="latent").resolve(own).drafts == 1
+    assert paper.loss_entries == "nonzero"
+    for learns_nothing in ({"optimize": "latent"}, {"name": "none"}):
+        assert replace(lasting, **learns_nothing).resolve(own).drafts == 1
+
+
+def test_a_model_may_need_other_steps_and_drafts_for_a_lasting_bank():
+    lasting = MethodSettings(optimize="coordinates", preset="lasting")
+    own = replace(DEFAULTS, lasting={"coordinates": {"guided_steps": 6, "drafts": 16}})
+    assert (lasting.resolve(own).guided_steps, lasting.resolve(own).drafts) == (6, 16)
+    assert replace(lasting, drafts=2).resolve(own).drafts == 2
+    assert replace(lasting, preset="paper").resolve(own).guided_steps == DEFAULTS.guided_steps
 
 
 @pytest.mark.parametrize(
@@ -164,7 +174,10 @@ def test_defaults_of_unknown_losses_and_of_what_a_loss_has_not_are_refused(losse
 
 def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
-    own, of_the_paper = MethodSettings(), {"measured": "pass", "averaged": False, "drafts": 1}
+    own, of_the_paper = (
+        MethodSettings(),
+        {"loss_entries": "nonzero", "measured": "pass", "averaged": False, "drafts": 1},
+    )
     for field in fields(MethodSettings):
         expected = getattr(own, field.name)
         expected = getattr(DEFAULTS, field.name, of_the_paper.get(field.name)) if expected is None else expected
