@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.bench import RESULTS, command, machine, write_json
-from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, start_workers, summary
+from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, shot_of, start_workers, summary
 from ditflow import transfer_motion
 from ditflow.backbones.base import Backbone
 from ditflow.bank import BankHeader, MotionBank
@@ -54,9 +55,8 @@ RECIPES = {
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
     "coordinates, as the paper's positions": IN_THE_PASS,
     "coordinates, lasting, as it was first": BEFORE,
-    "coordinates, lasting, 10 guided steps": replace(DEFAULT, guided_steps=10),
     "coordinates, lasting, moving entries only": replace(DEFAULT, loss_entries="nonzero"),
-    "coordinates, lasting, 4 drafts": replace(DEFAULT, drafts=4),
+    "coordinates, lasting, 15 guided steps": replace(DEFAULT, guided_steps=15),
     "coordinates, lasting": DEFAULT,
 }
 OPTIMISED = "coordinates, guided for every video"
@@ -313,6 +313,24 @@ def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def differences_by_shot(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the paired differences of motion fidelity to guidance for every video, by what the camera does."""
+    scenes = [sample_pair(seed, "eval", sprites=1)[0] for seed in seeds]
+    shots = [shot_of(scene) for scene in scenes]
+    values = {name: np.array(row["motion_fidelity"]["values"]) for name, row in rows.items()}
+    chosen = {shot: np.array([other == shot for other in shots]) for shot in sorted(set(shots))}
+    return {
+        name: {
+            f"{shot}, {np.sum(these)} references": vars(
+                paired_difference(own[these].tolist(), values["guided for every video"][these].tolist())
+            )
+            for shot, these in chosen.items()
+        }
+        for name, own in values.items()
+        if name != "guided for every video"
+    }
+
+
 PARTS = {
     "zero-shot": lambda model: partial(recipe_scores, model, {"coordinates, lasting": DEFAULT}),
     "recipes": lambda model: partial(all_recipe_scores, model),
@@ -335,6 +353,8 @@ def main() -> None:
             rows = summary(scores)
             told = {**about, "measured": datetime.now(UTC).isoformat(timespec="seconds"), "references": asked.clips}
             results.setdefault(model, {})[part] = {**told, "rows": rows, "differences": differences(rows)}
+            if "guided for every video" in rows:
+                results[model][part]["motion fidelity by shot"] = differences_by_shot(rows, seeds)
             write_json(asked.out, results)
             print_rows(rows, next(iter(rows)) if part == "compaction" else "guided for every video")
 

@@ -84,8 +84,7 @@ def flow_scores(model: str, seed: int) -> dict[str, Scores]:
         "truth in whole patches": np.rint(truth.displacement),
     }
     scores |= {name: flow_score(guess, truth) for name, guess in guesses.items()}
-    shot = "pan" if any(clip.scene.camera.pan) else "rest" if clip.scene.camera.zoom == 1 else "zoom"
-    return {name: _by_shot(asdict(score), shot) for name, score in scores.items()}
+    return {name: _by_shot(asdict(score), shot_of(clip.scene)) for name, score in scores.items()}
 
 
 def transfer_scores(model: str, seed: int) -> dict[str, Scores]:
@@ -152,6 +151,11 @@ def _fidelity(generated: np.ndarray, reference: np.ndarray) -> float:
         return motion_fidelity(track(generated, TRACKER), track(reference, TRACKER), least_common=LEAST_COMMON)
     except NoMotionError:
         return 0.0
+
+
+def shot_of(scene: Scene) -> str:
+    """What the camera does: `pan`, `zoom` or `rest`."""
+    return "pan" if any(scene.camera.pan) else "rest" if scene.camera.zoom == 1 else "zoom"
 
 
 def _by_shot(scores: Scores, shot: str) -> Scores:
