@@ -205,6 +205,7 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         "guided_steps": 0.5,
         "iterations": 2,
         "learning_rate": [0.1, 0.05],
+        "drafts": 4,
         "steps": 8,
         "guidance_scale": 2.0,
         "dynamic_guidance_scale": False,
@@ -220,7 +221,7 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         {"position": {"learning_rate": (0.2, 0.1)}},
         {"coordinates": {"iterations": 7}},
     )
-    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), 8, 2.0, False, *sections)
+    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), 4, 8, 2.0, False, *sections)
     assert plain.defaults != overridden.defaults
     assert plain.revision == overridden.revision
 
