@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -315,19 +314,19 @@ def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences_by_shot(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     """Return the paired differences of motion fidelity to guidance for every video, by what the camera does."""
-    scenes = [sample_pair(seed, "eval", sprites=1)[0] for seed in seeds]
-    shots = [shot_of(scene) for scene in scenes]
-    values = {name: np.array(row["motion_fidelity"]["values"]) for name, row in rows.items()}
-    chosen = {shot: np.array([other == shot for other in shots]) for shot in sorted(set(shots))}
+    shots = [shot_of(sample_pair(seed, "eval", sprites=1)[0]) for seed in seeds]
+
+    def fidelities(name: str, shot: str) -> list[float]:
+        return list(itertools.compress(rows[name]["motion_fidelity"]["values"], [other == shot for other in shots]))
+
+    baseline = "guided for every video"
     return {
         name: {
-            f"{shot}, {np.sum(these)} references": vars(
-                paired_difference(own[these].tolist(), values["guided for every video"][these].tolist())
-            )
-            for shot, these in chosen.items()
+            shot: vars(paired_difference(fidelities(name, shot), fidelities(baseline, shot)))
+            for shot in sorted(set(shots))
         }
-        for name, own in values.items()
-        if name != "guided for every video"
+        for name in rows
+        if baseline in rows and name != baseline
     }
 
 
@@ -352,9 +351,12 @@ def main() -> None:
             scores = Bench(asked.clips, pool).scores(PARTS[part](model), seeds, f"{model}: {part}")
             rows = summary(scores)
             told = {**about, "measured": datetime.now(UTC).isoformat(timespec="seconds"), "references": asked.clips}
-            results.setdefault(model, {})[part] = {**told, "rows": rows, "differences": differences(rows)}
-            if "guided for every video" in rows:
-                results[model][part]["motion fidelity by shot"] = differences_by_shot(rows, seeds)
+            results.setdefault(model, {})[part] = {
+                **told,
+                "rows": rows,
+                "differences": differences(rows),
+                "motion fidelity by shot": differences_by_shot(rows, seeds),
+            }
             write_json(asked.out, results)
             print_rows(rows, next(iter(rows)) if part == "compaction" else "guided for every video")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.mini import shot_of
 from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.statistics import bootstrap_interval
 from ditflow.mini.world import sample_pair
@@ -55,7 +56,7 @@ def _pans(reference_uri: str) -> bool:
     match = re.search(r"pair-(\d+)\.mp4$", reference_uri)
     if match is None:
         raise ValueError(f"{reference_uri} is no clip of `ditflow mini pairs`: expected a name such as pair-0007.mp4")
-    return any(sample_pair(int(match[1]), "eval", sprites=1)[0].camera.pan)
+    return shot_of(sample_pair(int(match[1]), "eval", sprites=1)[0]) == "pan"
 
 
 def markdown(models: Mapping[str, Mapping[str, Any]]) -> str:

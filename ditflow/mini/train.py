@@ -129,8 +129,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What `python -m benchmarks.mini_sweep` found best, and for lasting banks `python -m benchmarks.bank_recipes`;
-`ditflow.json` of each folder."""
+"""`ditflow.json` of each folder: what `python -m benchmarks.mini_sweep` found best; of lasting banks, see
+docs/banks.md."""
 
 
 class Training:
