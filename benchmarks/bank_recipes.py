@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -42,7 +42,17 @@ from pipeline.job import Output
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
 DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
-BEFORE = replace(DEFAULT, drafts=4, averaged=False, loss_entries="nonzero", guided_steps=10)
+BEFORE = replace(
+    DEFAULT,
+    drafts=4,
+    iterations=10,
+    learning_rate=(0.15, 0.075),
+    optimizer="adam",
+    averaged=False,
+    loss_entries="nonzero",
+    guided_steps=10,
+    injected_steps=10,
+)
 """What `lasting` was when its neighbours were tried."""
 GUIDED = MethodSettings(optimize="position")
 GUIDED_ALL = replace(GUIDED, loss_entries="all")
@@ -54,10 +64,12 @@ RECIPES = {
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
     "coordinates, as the paper's positions": IN_THE_PASS,
     "coordinates, lasting, as it was first": BEFORE,
+    "coordinates, lasting, Adam": replace(DEFAULT, optimizer="adam"),
     "coordinates, lasting, moving entries only": replace(DEFAULT, loss_entries="nonzero"),
-    "coordinates, lasting, 15 guided steps": replace(DEFAULT, guided_steps=15),
     "coordinates, lasting": DEFAULT,
 }
+ONE_PROMPT = "coordinates, lasting, one prompt"
+BRIEF = "coordinates, lasting, injected in the guided steps only"
 OPTIMISED = "coordinates, guided for every video"
 MOVED = "coordinates, moved along the flow, not learned"
 SWEEP = {
@@ -89,15 +101,19 @@ WORDS = ("colour", "shape", "background")
 
 
 def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) -> dict[str, Scores]:
-    """Score the reuse of banks that were learned in several ways."""
+    """Score the reuse of banks that were learned in several ways, and guidance that compares all entries."""
     backbone, clip = setting(model, seed)
-    return reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
+    scores = reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
+    return {**scores, "guided for every video, all entries": mean_scores(backbone, clip, seed, clip, GUIDED_ALL)}
 
 
 def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
     """Score every recipe, a bank that nobody learned, and guidance by coordinates; with what the banks come to."""
     backbone, clip = setting(model, seed)
     banks = learned_each(backbone, clip, RECIPES, seed)
+    default = banks["coordinates, lasting"]
+    banks[BRIEF] = replace(default, header=replace(default.header, injected_steps=None))
+    banks[ONE_PROMPT] = learned(backbone, clip, DEFAULT, seed, prompts=1)
     moved = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
     scores = reuse_scores(backbone, clip, seed, {**banks, MOVED: moved})
     for name, bank in banks.items():
@@ -171,7 +187,6 @@ def reuse_scores(backbone: Backbone, clip: WorldClip, seed: int, banks: Mapping[
     return {
         "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
         "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
-        "guided for every video, all entries": mean_scores(backbone, clip, seed, clip, GUIDED_ALL),
         **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
     }
 
@@ -183,15 +198,28 @@ def learned_each(
     return {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
 
 
-def learned(backbone: Backbone, clip: WorldClip, method: MethodSettings, seed: int) -> MotionBank:
-    """Learn a bank with the looks of other clips, which no measured prompt has."""
-    looks = [sample_pair(seed + LEARNED_LOOKS + 1000 * number, "eval", sprites=1)[1] for number in range(4)]
-    prompt, *others = (prompt_of(with_appearance_of(clip.scene, look)) for look in looks)
+def learned(
+    backbone: Backbone, clip: WorldClip, method: MethodSettings, seed: int, prompts: int | None = None
+) -> MotionBank:
+    """Learn a bank with so many prompts, or as many as the method has drafts; none of them is measured."""
+    prompts = prompts or method.resolve(backbone.defaults).drafts
+    prompt, *others = itertools.islice(learning_prompts(clip.scene, seed), prompts)
     method = replace(method, more_prompts=tuple(others))
     reference, size = extract_motion(backbone, clip.frames, method), clip.frames.shape[:3]
     bank = learn_bank(backbone, prompt, reference=reference, size=size, method=method, seed=seed + LEARNED_LOOKS).bank
     assert bank is not None
     return bank
+
+
+def learning_prompts(scene: Scene, seed: int) -> Iterator[str]:
+    """Yield different prompts, with the looks of other clips, which no target of the seed has."""
+    told = {prompt_of(target) for target in targets_of(scene, seed)}
+    for number in itertools.count():
+        look = sample_pair(seed + LEARNED_LOOKS + 1000 * number, "eval", sprites=1)[1]
+        prompt = prompt_of(with_appearance_of(scene, look))
+        if prompt not in told:
+            told.add(prompt)
+            yield prompt
 
 
 def moved_along_the_flow(backbone: Backbone, motion: MotionReference) -> MotionBank:

@@ -15,9 +15,10 @@ from torch import Tensor
 from ditflow.artifact import ArtifactError, read_artifact, read_artifact_header, write_artifact
 from ditflow.compact import StepValues
 from ditflow.motion import MotionStatistics, motion_statistics
+from ditflow.settings import MethodSettings
 from ditflow.types import LearnedPosition, TokenGrid
 
-_KIND, _FORMAT = "motion bank", 3
+_KIND, _FORMAT = "motion bank", 4
 _LIBRARIES = ("ditflow", "torch", "diffusers")
 
 
@@ -33,7 +34,8 @@ class BankMismatchError(ValueError):
 class BankHeader:
     """Everything that a bank's positions depend on, and where they come from.
 
-    model_revision: hash of the model folder, scheduler included. error: what `MotionBank.compacted` was allowed, or 0.
+    model_revision: hash of the model folder, scheduler included. injected_steps: first steps in which reuse injects the
+    reference's keys and values; None: those that have positions. error: what `MotionBank.compacted` was allowed, or 0.
     motion: statistics of the reference's motion, of a loss that has a displacement. tags: words of the user's own.
     """
 
@@ -43,6 +45,7 @@ class BankHeader:
     steps: int
     timesteps: tuple[int, ...]
     method: dict[str, Any]
+    injected_steps: int | None = None
     prompt: str = ""
     losses: tuple[tuple[float, ...], ...] = ()
     error: float = 0.0
@@ -88,6 +91,12 @@ class MotionBank:
     def optimize(self) -> Literal["position", "coordinates"]:
         """What was optimised, `position` or `coordinates`."""
         return "coordinates" if self.parts.keys() <= {"query", "key", "token"} else "position"
+
+    def as_learned(self, method: MethodSettings) -> MethodSettings:
+        """Return the method with what it leaves open of this bank's use: how many steps are guided, and injected."""
+        guided_steps = self.guided_steps if method.guided_steps is None else method.guided_steps
+        injected_steps = self.header.injected_steps if method.injected_steps is None else method.injected_steps
+        return replace(method, guided_steps=guided_steps, injected_steps=injected_steps)
 
     def change(self, step: int) -> LearnedPosition:
         """Return what a guided step has learned, in fp32."""
@@ -296,6 +305,10 @@ _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "steps": (f"a count up to {_MOST_STEPS}", lambda value: _is_count(value) and value <= _MOST_STEPS),
     "timesteps": (f"up to {_MOST_STEPS} numbers", lambda value: _is_list(value, _is_number, _MOST_STEPS)),
     "method": ("a mapping", lambda value: isinstance(value, dict)),
+    "injected_steps": (
+        f"a count up to {_MOST_STEPS}, or null",
+        lambda value: value is None or (_is_count(value) and value <= _MOST_STEPS),
+    ),
     "prompt": ("a text", _is_text),
     "error": ("a share of 1", lambda value: _is_number(value) and 0 <= value < 1),
     "libraries": (

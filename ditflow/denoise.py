@@ -44,16 +44,14 @@ def denoise(
     assert sampling.steps is not None, "resolve() first"
     default_position = backbone.default_position(backbone.grid(drafts[0].latents))
     timesteps = [int(timestep) for timestep in drafts[0].solver.timesteps[:last_step]]
-    guided_steps = guidance.guided_steps if guidance is not None else 0
     records: list[StepRecord] = []
     positions: list[LearnedPosition] = []
     for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
         steered = Steered(default_position)
-        for draft in drafts:
-            draft.injected = None
-        if guidance is not None and step < guided_steps:
-            steered = guidance.steer(step, timestep, drafts, positions[-1] if positions else None)
+        if guidance is not None:
+            warm_start = positions[-1] if positions else None
+            steered = guidance.steer(step, timestep, drafts, warm_start) or steered
             positions += [] if steered.learned is None else [steered.learned]
         steered_at = time.perf_counter()
         scale = guidance_scale(sampling, timestep)

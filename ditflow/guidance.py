@@ -13,6 +13,7 @@ from torch import Tensor
 from ditflow.backbones.base import Backbone, Solver
 from ditflow.bank import MotionBank
 from ditflow.losses import MOTION_LOSSES
+from ditflow.optimizer import OPTIMIZERS
 from ditflow.positions import FreePosition, MovedTokens
 from ditflow.reference import MotionReference, look
 from ditflow.settings import MethodSettings
@@ -60,8 +61,9 @@ def optimise(
     iterations: int,
     penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
     averaged: bool = False,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> list[float]:
-    """Minimise `loss_of() + penalty_of()` over `variables` in place with a new Adam.
+    """Minimise `loss_of() + penalty_of()` over `variables` in place with a new optimiser.
 
     averaged: leave the variables at the mean of what they were after each of the last half of the updates, rounded up,
     instead of what they were after the last: what the updates do not agree about goes out of it (Polyak averaging).
@@ -70,7 +72,7 @@ def optimise(
     Raises NonFiniteLossError at once when a loss is NaN or infinite.
     """
     variables = list(variables)
-    optimiser = torch.optim.Adam(variables, lr=learning_rate)
+    optimiser = optimizer(variables, lr=learning_rate)
     first_kept = iterations // 2 if averaged else iterations - 1
     sums = [torch.zeros_like(variable) for variable in variables]
     losses: list[float] = []
@@ -99,24 +101,31 @@ class Guidance:
     """What steers the first `guided_steps` denoising steps towards a reference's motion.
 
     `method` is resolved. With a `bank` nothing is optimised: its positions are used as they are.
+    injected_steps: first steps in which the reference's keys and values are injected, if the method injects.
     source_embeds: text embeddings of the reference's pass, where the motion is measured as the reference's was.
     """
 
     backbone: Backbone
     method: MethodSettings
     guided_steps: int
+    injected_steps: int
     positions: FreePosition | MovedTokens
     reference: MotionReference | None = None
     bank: MotionBank | None = None
     source_embeds: Tensor | None = None
 
-    def steer(self, step: int, timestep: int, drafts: Sequence[Draft], warm_start: LearnedPosition | None) -> Steered:
-        """Prepare one guided step: inject the reference into the drafts, and optimise, or take the bank's position.
+    def steer(
+        self, step: int, timestep: int, drafts: Sequence[Draft], warm_start: LearnedPosition | None
+    ) -> Steered | None:
+        """Prepare a step: inject the reference into the drafts, and optimise, or take the bank's position.
 
-        The latents of a draft are optimised in place; positions are learned over all drafts, in turns.
+        The latents of a draft are optimised in place; positions are learned over all drafts, in turns. Returns None
+        behind the guided steps, whether something is still injected or not.
         """
         for draft in drafts:
-            draft.injected = self._injected(draft, timestep)
+            draft.injected = self._injected(draft, timestep) if step < self.injected_steps else None
+        if step >= self.guided_steps:
+            return None
         if self.bank is not None:
             device = drafts[0].latents.device
             stored = {part: value.to(device) for part, value in self.bank.change(step).items()}
@@ -160,10 +169,10 @@ class Guidance:
         rate: float,
         penalty_of: Callable[[], Tensor | float] = lambda: 0.0,
     ) -> list[float]:
-        iterations, averaged = self.method.iterations, self.method.averaged
-        assert iterations is not None and averaged is not None, "resolve() first"
+        iterations, averaged, optimizer = self.method.iterations, self.method.averaged, self.method.optimizer
+        assert iterations is not None and averaged is not None and optimizer is not None, "resolve() first"
         with torch.enable_grad():
-            return optimise(variables, loss_of, rate, iterations, penalty_of, averaged)
+            return optimise(variables, loss_of, rate, iterations, penalty_of, averaged, OPTIMIZERS[optimizer])
 
     def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
         """Motion loss of a draft, averaged over the guidance blocks."""

@@ -19,7 +19,7 @@ VARIABLES = ("latent", "position", "coordinates")
 _VARIABLES: Mapping[str, Mapping[str, Any]] = {"coordinates": {"learning_rate": (0.05, 0.025)}}
 _LASTING: Mapping[str, Mapping[str, Any]] = {
     "position": {"iterations": 10, "learning_rate": (0.008, 0.004), "drafts": 8},
-    "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075), "drafts": 8},
+    "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075), "optimizer": "adam-mini", "drafts": 8},
 }
 """Where a model does not say otherwise."""
 
@@ -37,6 +37,14 @@ def _require(ok: bool, key: str, came: object, expected: str) -> None:
         raise SettingsError(key, came, expected)
 
 
+def _count(key: str, asked: int | float, steps: int) -> int:
+    """Return how many of `steps` are asked for, as a count or as a fraction of them."""
+    count = round(asked * steps) if isinstance(asked, float) and asked < 1 else int(asked)
+    expected = f"between 1 and sampling.steps ({steps}), or a fraction of them below 1"
+    _require(1 <= count <= steps and count >= asked * (asked >= 1), key, asked, expected)
+    return count
+
+
 @dataclass(frozen=True)
 class ModelDefaults:
     """What works best on one model; a model folder may carry its own in `ditflow.json`.
@@ -49,8 +57,10 @@ class ModelDefaults:
     blocks: tuple[int, ...]
     temperature: float = 2.0
     guided_steps: int | float = 10
+    injected_steps: int | float | None = None
     iterations: int = 5
     learning_rate: tuple[float, float] = (0.002, 0.001)
+    optimizer: Literal["adam", "adam-mini"] = "adam"
     drafts: int = 1
     steps: int = 50
     guidance_scale: float = 7.0
@@ -91,6 +101,8 @@ class MethodSettings:
     iterations: optimiser iterations in each guided step.
     learning_rate: Adam's rate in the first and in the last guided step, linear between.
     injection: also put the reference's keys and values into block 0 during the guided steps.
+    injected_steps: or during so many of the first steps, a count or a fraction (None: the guided ones; of a bank: as
+        many as it was made for).
     loss_entries: `ditflow` compares where the reference moves (`nonzero`, the paper's), or everywhere (`all`), so that
         what rests in the reference is asked to rest.
     loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
@@ -99,8 +111,11 @@ class MethodSettings:
     measured: where the new video's motion is measured: in the `pass` that is optimised, as the paper does, or in the
         clean video that this pass predicts, looked at as the reference was, without what is optimised (`prediction`).
         The first can be satisfied by an embedding that moves attention alone; the second only by a video that moves.
+    optimizer: `adam`, the paper's, or for `coordinates` also `adam-mini`: a token moves by what its gradient is against
+        the others', instead of all by about the rate.
     averaged: end a guided step with the mean of what the last half of its iterations came to, instead of the last one.
-    drafts: how many generations a bank is learned over at once, each from noise of its own, in turns.
+    drafts: how many generations a bank is learned over at once, each from noise of its own, in turns; at least one for
+        each prompt.
     stay: weight of the mean squared move of `coordinates`, in patches, beside the loss.
     smooth: weight of the mean squared difference between the moves of neighbours.
     zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
@@ -116,11 +131,13 @@ class MethodSettings:
     iterations: int | None = None
     learning_rate: tuple[float, float] | None = None
     injection: bool = True
+    injected_steps: int | float | None = None
     loss_entries: Literal["nonzero", "all"] | None = None
     loss_threshold: float = 0.0
     reference_flow: Literal["hard", "soft"] = "hard"
     other_frames: bool = False
     measured: Literal["pass", "prediction"] | None = None
+    optimizer: Literal["adam", "adam-mini"] | None = None
     averaged: bool | None = None
     drafts: int | None = None
     stay: float = 0.0
@@ -145,9 +162,10 @@ class MethodSettings:
             _require(ok, "blocks", self.blocks, "one or more different block numbers, counted from 0")
         if self.temperature is not None:
             _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number (paper: 2)")
-        if self.guided_steps is not None:
+        for name in ("guided_steps", "injected_steps"):
+            asked = getattr(self, name)
             expected = "a count of steps (paper: 10) or a fraction of them below 1"
-            _require(self.guided_steps > 0, "guided_steps", self.guided_steps, expected)
+            _require(asked is None or asked > 0, name, asked, expected)
         if self.iterations is not None:
             _require(self.iterations >= 1, "iterations", self.iterations, "at least 1 (paper: 5)")
         if self.learning_rate is not None:
@@ -157,6 +175,10 @@ class MethodSettings:
         if self.drafts is not None:
             ok = self.drafts == 1 or (self.drafts > 1 and self.learns_positions)
             _require(ok, "drafts", self.drafts, "at least 1, and 1 unless positions are learned")
+            prompts = 1 + len(self.more_prompts)
+            _require(self.drafts >= prompts, "drafts", self.drafts, f"at least one for each of the {prompts} prompts")
+        ok = self.optimizer in (None, "adam") or (self.optimizer == "adam-mini" and self.optimize == "coordinates")
+        _require(ok, "optimizer", self.optimizer, "adam, or for optimize: coordinates also adam-mini")
         for name in ("stay", "smooth"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight, 0 or more")
         ok = not self.zero_shot or self.learns_positions
@@ -191,17 +213,23 @@ class MethodSettings:
         values["loss_entries"] = "all" if lasting else "nonzero"
         values["measured"] = "prediction" if lasting else "pass"
         values["averaged"] = lasting
-        values["drafts"] = defaults.drafts if self.learns_positions else 1
+        if defaults.injected_steps is None:
+            values["injected_steps"] = defaults.guided_steps if self.guided_steps is None else self.guided_steps
+        values["drafts"] = max(defaults.drafts, 1 + len(self.more_prompts)) if self.learns_positions else 1
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def count_guided_steps(self, steps: int) -> int:
         """Guided steps of a run of `steps`, for resolved settings; SettingsError beyond the step count."""
-        asked = self.guided_steps
-        assert asked is not None, "resolve() first"
-        count = round(asked * steps) if isinstance(asked, float) and asked < 1 else int(asked)
-        expected = f"between 1 and sampling.steps ({steps}), or a fraction of them below 1"
-        _require(1 <= count <= steps and count >= asked * (asked >= 1), "guided_steps", asked, expected)
-        return count
+        assert self.guided_steps is not None, "resolve() first"
+        return _count("guided_steps", self.guided_steps, steps)
+
+    def count_injected_steps(self, steps: int) -> int:
+        """Steps of a run of `steps` that injection lasts, for resolved settings; SettingsError beyond the step count.
+
+        They are counted without a look at `injection`, which says whether there is any.
+        """
+        assert self.injected_steps is not None, "resolve() first"
+        return _count("injected_steps", self.injected_steps, steps)
 
     def learning_rates(self, guided_steps: int) -> list[float]:
         """Adam's rate for every guided step: linear, both ends reached (`official`: the last is not)."""

@@ -62,7 +62,7 @@ def transfer_motion(
     """Generate a video of `prompt` that moves like `reference`.
 
     reference: a uint8 RGB video [T, H, W, 3], a motion reference taken before, or a bank to reuse (nothing is
-        optimised then, and as many steps are guided as it has, if `method` does not say otherwise).
+        optimised then, and as many steps are guided and injected as it says, if `method` does not say otherwise).
     size: (frames, height, width) of the new video; a reference video's own if left out.
     Every random number comes from `seed`: the same call on the same machine gives the same bytes.
     """
@@ -71,8 +71,8 @@ def transfer_motion(
             raise ValueError("size: (frames, height, width) is needed unless the reference is a video")
         size = (reference.shape[0], reference.shape[1], reference.shape[2])
     method = method or MethodSettings()
-    if isinstance(reference, MotionBank) and method.guided_steps is None:
-        method = replace(method, guided_steps=reference.guided_steps)
+    if isinstance(reference, MotionBank):
+        method = reference.as_learned(method)
     method = method.resolve(backbone.defaults)
     sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
     started = time.perf_counter()
@@ -200,13 +200,14 @@ def generate_latents(
         grid = backbone.grid(drafts[0].latents)
         _check_reference(backbone, motion, bank, grid, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
+        injected_steps = method.count_injected_steps(sampling.steps)
         optimize = method.optimize if bank is None else bank.optimize
         positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
         if bank is not None:
             _check_shapes(backbone, bank, grid, positions.start())
         if source_embeds is None and method.measured == "prediction" and bank is None:
             source_embeds = backbone.encode_prompt("")
-        guidance = Guidance(backbone, method, guided_steps, positions, motion, bank, source_embeds)
+        guidance = Guidance(backbone, method, guided_steps, injected_steps, positions, motion, bank, source_embeds)
     last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
     denoised = denoise(backbone, drafts, sampling, guidance, last_step, on_step)
     learned = bank is None and method.learns_positions
@@ -308,6 +309,7 @@ def _bank_of(
         steps=steps,
         timesteps=tuple(denoised.timesteps[: len(denoised.positions)]),
         method=settings_dict(method),
+        injected_steps=method.count_injected_steps(steps),
         losses=tuple(tuple(record.losses) for record in denoised.records if record.losses),
     )
     return MotionBank.of(header, denoised.positions, motion.latents, motion.flow)

@@ -143,9 +143,8 @@ def _as_learned(
     bank: MotionBank, method: MethodSettings, sampling: SamplingSettings
 ) -> tuple[MethodSettings, SamplingSettings]:
     """Take from the bank what the user left open: it serves only the schedule that it was learned in."""
-    guided_steps = method.guided_steps or bank.guided_steps
     steps = sampling.steps or bank.header.steps
-    return replace(method, optimize=bank.optimize, guided_steps=guided_steps), replace(sampling, steps=steps)
+    return replace(bank.as_learned(method), optimize=bank.optimize), replace(sampling, steps=steps)
 
 
 def _source(

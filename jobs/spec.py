@@ -450,9 +450,11 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
 
 
 def _resolved(method: MethodSettings, kind: str, defaults: ModelDefaults) -> MethodSettings:
-    """Fill in the model's defaults. How many steps are guided in `reuse`, every bank says, if the spec does not."""
+    """Fill in the model's defaults. How many steps of `reuse` are guided and injected, each bank says if it can."""
     resolved = method.resolve(defaults)
-    return replace(resolved, guided_steps=method.guided_steps) if kind == "reuse" else resolved
+    if kind != "reuse":
+        return resolved
+    return replace(resolved, guided_steps=method.guided_steps, injected_steps=method.injected_steps)
 
 
 def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
@@ -478,6 +480,7 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
     """What each of a job's methods has to stand; each raises SettingsError."""
     return [
         lambda method: method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps),
+        lambda method: method.injects and method.injected_steps is not None and method.count_injected_steps(steps),
         lambda method: geometry.check_blocks(method.blocks or ()),
         partial(_check_kind, kind),
     ]

@@ -106,7 +106,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3, 4],
         "learning_rate": [0.08, 0.04],
         "variables": {"position": {"learning_rate": [0.002, 0.001]}},
-        "lasting": {"coordinates": {"guided_steps": 8}},
+        "lasting": {"coordinates": {"guided_steps": 8, "injected_steps": 13, "iterations": 20, "drafts": 16}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -119,7 +119,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3],
         "learning_rate": [0.02, 0.01],
         "variables": {"position": {"learning_rate": [0.01, 0.005]}},
-        "lasting": {"coordinates": {"guided_steps": 6, "iterations": 20, "learning_rate": [0.25, 0.125], "drafts": 16}},
+        "lasting": {
+            "coordinates": {
+                "guided_steps": 6,
+                "iterations": 20,
+                "learning_rate": [0.25, 0.125],
+                "optimizer": "adam",
+                "drafts": 16,
+            }
+        },
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {

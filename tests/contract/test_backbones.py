@@ -203,8 +203,10 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         "blocks": [0, 3],
         "temperature": 3.0,
         "guided_steps": 0.5,
+        "injected_steps": 0.7,
         "iterations": 2,
         "learning_rate": [0.1, 0.05],
+        "optimizer": "adam",
         "drafts": 4,
         "steps": 8,
         "guidance_scale": 2.0,
@@ -221,7 +223,9 @@ def test_a_model_folder_may_carry_its_own_defaults(model_folder):
         {"position": {"learning_rate": (0.2, 0.1)}},
         {"coordinates": {"iterations": 7}},
     )
-    assert overridden.defaults == ModelDefaults((0, 3), 3.0, 0.5, 2, (0.1, 0.05), 4, 8, 2.0, False, *sections)
+    assert overridden.defaults == ModelDefaults(
+        (0, 3), 3.0, 0.5, 0.7, 2, (0.1, 0.05), "adam", 4, 8, 2.0, False, *sections
+    )
     assert plain.defaults != overridden.defaults
     assert plain.revision == overridden.revision
 

@@ -174,13 +174,13 @@ def header_of(learned: Learned) -> dict:
         (lambda learned: learned.reference.to_bytes(), "my.safetensors is no motion bank: it is motion reference"),
         (
             lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
-            "my.safetensors has motion bank format 1000.*reads format 3: upgrade ditflow",
+            "my.safetensors has motion bank format 1000.*reads format 4: upgrade ditflow",
         ),
         (
-            lambda learned: write_artifact("motion bank", 2, header_of(learned), {}),
-            "my.safetensors has motion bank format 2; this version reads format 3: make it again",
+            lambda learned: write_artifact("motion bank", 3, header_of(learned), {}),
+            "my.safetensors has motion bank format 3; this version reads format 4: make it again",
         ),
-        (lambda learned: write_artifact("motion bank", 3, {"model": "x"}, {}), "incomplete or unknown motion bank"),
+        (lambda learned: write_artifact("motion bank", 4, {"model": "x"}, {}), "incomplete or unknown motion bank"),
     ],
     ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "older", "no-header"],
 )
@@ -190,11 +190,11 @@ def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
 
 
 def with_header(learned: Learned, **changes) -> bytes:
-    return write_artifact("motion bank", 3, {**header_of(learned), **changes}, {})
+    return write_artifact("motion bank", 4, {**header_of(learned), **changes}, {})
 
 
 def renamed(learned: Learned, name: str, *shape: int) -> bytes:
-    return write_artifact("motion bank", 3, header_of(learned), {name: torch.zeros(shape or (2, 2))})
+    return write_artifact("motion bank", 4, header_of(learned), {name: torch.zeros(shape or (2, 2))})
 
 
 def motion_of(learned: Learned) -> dict:
@@ -204,7 +204,7 @@ def motion_of(learned: Learned) -> dict:
 def with_flow(learned: Learned, **changes) -> bytes:
     """The file with all of its tensors and another header."""
     tensors = {"flow": learned.bank.flow}
-    return write_artifact("motion bank", 3, {**header_of(learned), **changes}, tensors)
+    return write_artifact("motion bank", 4, {**header_of(learned), **changes}, tensors)
 
 
 def rewritten(learned: Learned, change) -> bytes:
@@ -265,6 +265,9 @@ DAMAGED = {
     "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
     "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "positions of query, expected"),
     "no part": (lambda bank: with_header(bank), "positions of nothing, expected"),
+    "an injection of no step": (
+        lambda bank: with_header(bank, injected_steps=0), "injected_steps 0: expected a count up to 1000, or null"
+    ),
     "an error of 2": (lambda bank: with_header(bank, error=2), "error 2: expected a share"),
     "versions of nothing": (lambda bank: with_header(bank, libraries=["torch"]), "libraries .*expected versions"),
     "a header in pieces": (
@@ -305,6 +308,7 @@ def small_bank() -> MotionBank:
         4,
         (999,),
         {"name": "ditflow"},
+        1,
         'a "sha256_header": ball',
         ((1.0, 0.5),),
         tags=("x",),
@@ -397,6 +401,18 @@ def test_reuse_without_injection_gives_the_very_video_of_the_learning_run(backbo
     learned = learned_with(backbone, moving_video, method)
     assert learned.bank.latents is None
     assert generate(backbone, learned.bank, method).video.tobytes() == learned.run.video.tobytes()
+
+
+def test_a_bank_says_how_long_its_reference_is_injected(backbone, moving_video):
+    longer = replace(METHOD, injected_steps=GUIDED_STEPS + 1)
+    learned = learned_with(backbone, moving_video, longer)
+    assert learned.bank.header.injected_steps == GUIDED_STEPS + 1
+    assert torch.equal(generate(backbone, learned.bank).latents, learned.run.latents)
+    assert torch.equal(generate(backbone, learned.bank, longer).latents, learned.run.latents)
+    shorter = generate(backbone, learned.bank, replace(METHOD, injected_steps=GUIDED_STEPS))
+    assert not torch.equal(shorter.latents, learned.run.latents)
+    unsaid = replace(learned.bank, header=replace(learned.bank.header, injected_steps=None))
+    assert torch.equal(generate(backbone, unsaid).latents, shorter.latents)
 
 
 def test_reuse_optimises_nothing(learned, backbone, monkeypatch):

@@ -403,6 +403,17 @@ def test_injection_ends_with_the_guided_steps(guided):
         assert step.predict["injected"] is None
 
 
+@pytest.mark.parametrize(("injected_steps", "expected"), [(1, 1), (3, 3), (0.75, 3), (STEPS, STEPS)])
+def test_injection_lasts_as_many_steps_as_is_asked_for(backbone, inputs, injected_steps, expected):
+    _, steps = run_of(backbone, inputs, method_of(injected_steps=injected_steps, iterations=1))
+    assert [step.predict["injected"] is not None for step in steps] == [n < expected for n in range(STEPS)]
+    assert all(
+        (capture["injected"] is not None) == (number < expected)
+        for number, step in enumerate(steps)
+        for capture in step.captures
+    )
+
+
 # ---------------------------------------------------------------------- the other methods
 
 
@@ -438,7 +449,7 @@ def first_loss(backbone, inputs: Inputs, method: MethodSettings) -> float:
     resolved = method.resolve(backbone.defaults)
     reference = reference_from_latents(backbone, inputs.reference, inputs.empty, resolved)
     positions = positions_of(backbone, backbone.grid(inputs.initial), resolved.optimize)
-    guidance = Guidance(backbone, resolved, GUIDED_STEPS, positions, reference)
+    guidance = Guidance(backbone, resolved, GUIDED_STEPS, GUIDED_STEPS, positions, reference)
     return guidance.steer(0, 749, [draft_of(backbone, inputs)], None).losses[0]
 
 

@@ -42,7 +42,7 @@ def guidance_of(backbone, video, method: MethodSettings) -> Guidance:
     method = method.resolve(backbone.defaults)
     positions = positions_of(backbone, backbone.grid(noise(backbone, 1)), method.optimize)
     motion = extract_motion(backbone, video, method)
-    return Guidance(backbone, method, 2, positions, motion, source_embeds=backbone.encode_prompt(""))
+    return Guidance(backbone, method, 2, 2, positions, motion, source_embeds=backbone.encode_prompt(""))
 
 
 # ---------------------------------------------------------------------- what a pass predicts
@@ -172,7 +172,7 @@ def test_a_bank_depends_on_its_seed_its_drafts_and_what_they_show(rotary_backbon
 
 def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, moving_video):
     """The positions that guidance itself finds on its way to a video."""
-    own = {"drafts": 1, "measured": "pass", "averaged": False, "loss_entries": "nonzero"}
+    own = {"drafts": 1, "measured": "pass", "averaged": False, "loss_entries": "nonzero", "optimizer": "adam"}
     method = replace(METHOD, **own)
     motion = extract_motion(rotary_backbone, moving_video, method)
     bank = bank_of(rotary_backbone, motion, **own)

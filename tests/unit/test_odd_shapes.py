@@ -111,7 +111,7 @@ def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     reference = MotionReference.from_bytes(reference.to_bytes())
     grid = grid_of(model, *clip)
     positions, own = positions_of(model, grid, method.optimize), model.default_position(grid)
-    guidance = Guidance(model, method, 1, positions, reference)
+    guidance = Guidance(model, method, 1, 1, positions, reference)
     draft = Draft.begin(noise, [embeds], model.solver(2), torch.Generator())
     steered = guidance.steer(0, 999, [draft], None)
     assert len(steered.losses) == 1

@@ -152,6 +152,42 @@ def test_the_lasting_preset_measures_what_is_predicted_over_several_drafts():
         assert replace(lasting, **learns_nothing).resolve(own).drafts == 1
 
 
+def test_injection_lasts_as_long_as_guidance_unless_something_says_otherwise():
+    own = replace(DEFAULTS, lasting={"coordinates": {"guided_steps": 0.3, "injected_steps": 0.5}})
+    cases = {
+        6: MethodSettings(guided_steps=6),
+        9: MethodSettings(guided_steps=6, injected_steps=9),
+        15: MethodSettings(optimize="coordinates", preset="lasting"),
+        21: MethodSettings(injected_steps=0.7),
+    }
+    for expected, method in cases.items():
+        assert method.resolve(own).count_injected_steps(30) == expected
+    assert MethodSettings().resolve(own).injected_steps == own.guided_steps
+    with pytest.raises(SettingsError, match="injected_steps: 31 .* between 1 and sampling.steps .30."):
+        MethodSettings(injected_steps=31).resolve(own).count_injected_steps(30)
+    with pytest.raises(SettingsError, match="injected_steps: 0 "):
+        MethodSettings(injected_steps=0)
+
+
+def test_only_coordinates_are_learned_with_adam_mini():
+    lasting = MethodSettings(optimize="coordinates", preset="lasting")
+    assert lasting.resolve(DEFAULTS).optimizer == "adam-mini"
+    assert replace(lasting, preset="paper").resolve(DEFAULTS).optimizer == "adam"
+    assert replace(lasting, optimize="position").resolve(DEFAULTS).optimizer == "adam"
+    for optimize in ("latent", "position"):
+        with pytest.raises(SettingsError, match="optimizer: 'adam-mini' .* for optimize: coordinates"):
+            MethodSettings(optimize=optimize, optimizer="adam-mini")
+
+
+def test_every_prompt_has_a_draft():
+    lasting = MethodSettings(optimize="coordinates", preset="lasting")
+    assert replace(lasting, more_prompts=("a ball",)).resolve(DEFAULTS).drafts == 8
+    assert replace(lasting, more_prompts=("a ball",) * 11).resolve(DEFAULTS).drafts == 12
+    assert replace(lasting, preset="paper", more_prompts=("a ball",)).resolve(DEFAULTS).drafts == 2
+    with pytest.raises(SettingsError, match="drafts: 2 .* at least one for each of the 3 prompts"):
+        replace(lasting, drafts=2, more_prompts=("a ball", "a star"))
+
+
 def test_a_model_may_need_other_steps_and_drafts_for_a_lasting_bank():
     lasting = MethodSettings(optimize="coordinates", preset="lasting")
     own = replace(DEFAULTS, lasting={"coordinates": {"guided_steps": 6, "drafts": 16}})
@@ -178,9 +214,10 @@ def test_resolve_fills_whatever_is_none_from_the_model():
         MethodSettings(),
         {"loss_entries": "nonzero", "measured": "pass", "averaged": False, "drafts": 1},
     )
+    of_the_paper["injected_steps"] = DEFAULTS.guided_steps
     for field in fields(MethodSettings):
         expected = getattr(own, field.name)
-        expected = getattr(DEFAULTS, field.name, of_the_paper.get(field.name)) if expected is None else expected
+        expected = of_the_paper.get(field.name, getattr(DEFAULTS, field.name, None)) if expected is None else expected
         assert getattr(resolved, field.name) == expected
     assert None not in settings_dict(resolved).values()
     sampling = SamplingSettings(negative_prompt="blurred").resolve(DEFAULTS)
@@ -188,8 +225,8 @@ def test_resolve_fills_whatever_is_none_from_the_model():
 
 
 def test_resolve_leaves_what_is_set_as_it_is():
-    method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, "all")
-    method = replace(method, measured="prediction", averaged=True, drafts=3)
+    method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, 0.7, "all")
+    method = replace(method, measured="prediction", averaged=True, optimizer="adam", drafts=3)
     assert method.resolve(DEFAULTS) == method
     sampling = SamplingSettings(steps=8, guidance_scale=1.0, dynamic_guidance_scale=False)
     assert sampling.resolve(DEFAULTS) == sampling

@@ -135,6 +135,12 @@ MISTAKES = {
     "negative learning rate": ("[0.002,", "[-0.002,", "method.learning_rate", "two positive rates"),
     "learning rate that is no number": ("[0.002,", "[.nan,", "method.learning_rate", "two positive rates"),
     "guided steps beyond the steps": ("guided_steps: 10", "guided_steps: 51", "method.guided_steps", "1 and "),
+    "injected steps beyond the steps": (
+        "guided_steps: 10",
+        "injected_steps: 51",
+        "method.injected_steps",
+        "between 1 and sampling.steps (50)",
+    ),
     "no guided steps": ("guided_steps: 10", "guided_steps: 0", "method.guided_steps", "count of steps"),
     "height that does not divide": ("height: 64", "height: 60", "references.height", "a multiple of 8"),
     "width that does not divide": ("width: 64", "width: 65", "references.width", "nearest is 64"),
@@ -504,7 +510,7 @@ def test_options_that_are_no_credentials_are_kept(load):
     assert load(overrides=(f"storage_options={options}",)).job.storage_options == options
 
 
-def test_a_reuse_job_leaves_the_guided_steps_to_its_banks(tmp_path):
+def test_a_reuse_job_leaves_the_guided_and_injected_steps_to_its_banks(tmp_path):
     spec = {
         "kind": "reuse",
         "name": "test",
@@ -516,7 +522,8 @@ def test_a_reuse_job_leaves_the_guided_steps_to_its_banks(tmp_path):
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(spec))
-    assert load_spec(file).job.method.guided_steps is None
-    assert load_spec(file, ["method.guided_steps=3"]).job.method.guided_steps == 3
+    for name in ("guided_steps", "injected_steps"):
+        assert getattr(load_spec(file).job.method, name) is None
+        assert getattr(load_spec(file, [f"method.{name}=3"]).job.method, name) == 3
     file.write_text(load_spec(file).yaml)
-    assert load_spec(file).job.method.guided_steps is None
+    assert (load_spec(file).job.method.guided_steps, load_spec(file).job.method.injected_steps) == (None, None)
