@@ -480,7 +480,7 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
     """What each of a job's methods has to stand; each raises SettingsError."""
     return [
         lambda method: method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps),
-        lambda method: method.injects and method.injected_steps is not None and method.count_injected_steps(steps),
+        lambda method: method.injected_steps not in (None, method.guided_steps) and method.count_injected_steps(steps),
         lambda method: geometry.check_blocks(method.blocks or ()),
         partial(_check_kind, kind),
     ]

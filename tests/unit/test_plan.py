@@ -528,7 +528,7 @@ MATTERS = {
     "averaged": vary("method", averaged=True),
     "optimizer": vary("method", optimize="coordinates", optimizer="adam-mini"),
     "drafts": vary("method", drafts=2),
-    "more_prompts": vary("method", more_prompts=("a ball",)),
+    "more_prompts": vary("method", drafts=2, more_prompts=("a ball",)),
     "stay": vary("method", stay=0.1),
     "smooth": vary("method", smooth=0.1),
     "zero_shot": vary("method", zero_shot=True),
