@@ -170,6 +170,19 @@ def test_a_bank_depends_on_its_seed_its_drafts_and_what_they_show(rotary_backbon
     assert len({value.numpy().tobytes() for value in changes}) == len(changes)
 
 
+def test_adam_moves_every_token_by_the_rate_and_adam_mini_all_of_them_together(backbone, moving_video):
+    motion, largest = extract_motion(backbone, moving_video, METHOD), {}
+    for optimizer in ("adam", "adam-mini"):
+        bank = bank_of(backbone, motion, optimizer=optimizer, iterations=1, averaged=False)
+        moves = torch.stack(list(bank.change(0).values()))
+        torch.testing.assert_close(
+            moves.square().mean(dim=1).sqrt(), torch.full(moves.shape[::2], 0.3), rtol=1e-2, atol=0
+        )
+        largest[optimizer] = moves.abs().max().item()
+    assert largest["adam"] == pytest.approx(0.3, rel=1e-3)
+    assert largest["adam-mini"] > 0.5
+
+
 def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, moving_video):
     """The positions that guidance itself finds on its way to a video."""
     own = {"drafts": 1, "measured": "pass", "averaged": False, "loss_entries": "nonzero", "optimizer": "adam"}
