@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -39,6 +40,8 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MOST_BYTES = 300_000
 CLIP, SEED = 2, 1
 PROMPT = "a yellow star moving over the water"
+BANK_JOB = Path(__file__).resolve().parent.parent / "jobs/quickstart-bank.yaml"
+"""Whose prompts a bank is learned with, after this one:"""
 BANK_PROMPT = "a red ball moving over the grass"
 REUSED = (PROMPT, "a blue square moving over the sand", "a white ball moving over the bricks")
 PATCH = (4, 7)
@@ -92,7 +95,8 @@ def draw_variables(path: Path) -> None:
 
 
 def draw_bank(path: Path) -> None:
-    method = MethodSettings(optimize="coordinates", preset="lasting")
+    prompts = yaml.safe_load(BANK_JOB.read_text())["method"]["more_prompts"]
+    method = MethodSettings(optimize="coordinates", preset="lasting", more_prompts=tuple(prompts))
     motion = extract_motion(model(), reference(), method)
     size = (17, 64, 64)
     bank = learn_bank(model(), BANK_PROMPT, reference=motion, size=size, method=method, seed=SEED).bank
