@@ -55,7 +55,6 @@ BEFORE = replace(
 )
 """What `lasting` was when its neighbours were tried."""
 GUIDED = MethodSettings(optimize="position")
-GUIDED_ALL = replace(GUIDED, loss_entries="all")
 REUSED = MethodSettings(optimize="position")
 """Of a bank: its reference is injected, and nothing optimised."""
 IN_THE_PASS = MethodSettings(optimize="coordinates", learning_rate=(0.15, 0.075))
@@ -101,10 +100,9 @@ WORDS = ("colour", "shape", "background")
 
 
 def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) -> dict[str, Scores]:
-    """Score the reuse of banks that were learned in several ways, and guidance that compares all entries."""
+    """Score the reuse of banks that were learned in several ways."""
     backbone, clip = setting(model, seed)
-    scores = reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
-    return {**scores, "guided for every video, all entries": mean_scores(backbone, clip, seed, clip, GUIDED_ALL)}
+    return reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
 
 
 def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
