@@ -235,7 +235,7 @@ def bank_seeds() -> list[bytes]:
     method = {"name": "ditflow", "blocks": [1], "learning_rate": [0.002, 0.001]}
     losses = ((1.0, 0.5), (0.4, 0.3))
     header = BankHeader(
-        "mini", "0123", (3, 2, 2), 4, (999, 749), method, "a ball", losses, tags=("pan",), provenance=provenance
+        "mini", "0123", (3, 2, 2), 4, (999, 749), method, 3, "a ball", losses, tags=("pan",), provenance=provenance
     )
     rotary = [{part: torch.ones(12, 2) for part in ("query_cos", "query_sin", "key_cos", "key_sin")} for _ in "ab"]
     additive = [{"additive": torch.ones(12, 4)} for _ in "ab"]
