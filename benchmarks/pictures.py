@@ -36,11 +36,12 @@ from ditflow.types import QueriesKeys, TokenGrid
 from ditflow.video import read_video
 from jobs.clips import render_clips
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
 MOST_BYTES = 300_000
 CLIP, SEED = 2, 1
 PROMPT = "a yellow star moving over the water"
-BANK_JOB = Path(__file__).resolve().parent.parent / "jobs/quickstart-bank.yaml"
+BANK_JOB = ROOT / "jobs" / "quickstart-bank.yaml"
 """Whose prompts a bank is learned with, after this one:"""
 BANK_PROMPT = "a red ball moving over the grass"
 REUSED = (PROMPT, "a blue square moving over the sand", "a white ball moving over the bricks")
