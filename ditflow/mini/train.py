@@ -106,7 +106,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "blocks": [3, 4],
         "learning_rate": [0.08, 0.04],
         "variables": {"position": {"learning_rate": [0.002, 0.001]}},
-        "lasting": {"coordinates": {"guided_steps": 7, "injected_steps": 13, "iterations": 20, "drafts": 16}},
+        "lasting": {"coordinates": {"guided_steps": 0.28, "injected_steps": 0.52, "iterations": 20, "drafts": 16}},
         "steps": 25,
         "guidance_scale": 5.0,
         "losses": {
@@ -121,7 +121,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "variables": {"position": {"learning_rate": [0.01, 0.005]}},
         "lasting": {
             "coordinates": {
-                "guided_steps": 6,
+                "guided_steps": 0.24,
                 "iterations": 20,
                 "learning_rate": [0.25, 0.125],
                 "optimizer": "adam",

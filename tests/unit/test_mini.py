@@ -12,6 +12,7 @@ from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
 from ditflow.mini.measure import look_at
 from ditflow.mini.train import DEFAULTS, KINDS
 from ditflow.mini.world import render, sample_scene
+from ditflow.settings import MethodSettings
 
 MODELS = tuple(f"mini-{kind}" for kind in KINDS)
 
@@ -47,6 +48,15 @@ def test_a_shipped_folder_has_the_architecture_that_the_code_builds(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shipped_folder_carries_the_defaults_of_the_training_script(kind):
     assert json.loads((WEIGHTS / f"mini-{kind}" / "ditflow.json").read_text()) == DEFAULTS[kind]
+
+
+@pytest.mark.parametrize(("name", "of_25"), [("mini-rotary", (7, 13)), ("mini-additive", (6, 6))])
+def test_a_lasting_bank_may_be_learned_in_any_number_of_steps(name, of_25):
+    defaults = backbones.identify(name).geometry.defaults
+    lasting = MethodSettings(optimize="coordinates", preset="lasting").resolve(defaults)
+    assert (lasting.count_guided_steps(25), lasting.count_injected_steps(25)) == of_25
+    for steps in range(3, 51):
+        assert 1 <= lasting.count_guided_steps(steps) <= lasting.count_injected_steps(steps) <= steps
 
 
 def test_the_size_is_the_training_clips(model):
