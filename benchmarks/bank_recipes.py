@@ -91,7 +91,7 @@ COMBINED = {
 """The two that helped in the sweep, together."""
 AVERAGED = "the mean of all steps in each"
 BANK_ERROR = Output("").bank_error
-ERRORS = (0.01, 0.03, 0.1, 0.3)
+ERRORS = (0.01, 0.03, 0.1, 0.3, 0.6)
 FIGURES = ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
 WORDS = ("colour", "shape", "background")
 
