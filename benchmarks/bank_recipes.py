@@ -33,6 +33,7 @@ from ditflow.bank import BankHeader, MotionBank
 from ditflow.guidance import Draft, Guidance
 from ditflow.metrics.statistics import paired_difference
 from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, with_appearance_of
+from ditflow.positions import MovedTokens
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, settings_dict
 from ditflow.transfer import learn_bank
@@ -71,6 +72,7 @@ ONE_PROMPT = "coordinates, lasting, one prompt"
 BRIEF = "coordinates, lasting, injected in the guided steps only"
 OPTIMISED = "coordinates, guided for every video"
 MOVED = "coordinates, moved along the flow, not learned"
+STARTED = "coordinates, lasting, learned from where the flow moves them"
 SWEEP = {
     "base": BEFORE,
     "rate / 3": replace(BEFORE, learning_rate=(0.05, 0.025)),
@@ -113,6 +115,8 @@ def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
     banks[BRIEF] = replace(default, header=replace(default.header, injected_steps=None))
     banks[ONE_PROMPT] = learned(backbone, clip, DEFAULT, seed, prompts=1)
     moved = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
+    with mock.patch.object(MovedTokens, "start", return_value=moved.change(0)):
+        banks[STARTED] = learned(backbone, clip, DEFAULT, seed)
     scores = reuse_scores(backbone, clip, seed, {**banks, MOVED: moved})
     for name, bank in banks.items():
         scores[name] |= {
