@@ -286,8 +286,8 @@ def fp32_bytes(backbone: Backbone, bank: MotionBank) -> int:
 
 SHAPES = {"24 frames": 6, "49 frames": 13}
 PATCHES, GUIDED_STEPS = 30 * 45, 10
-RANK = 4
-"""Of the factors in the table of sizes, for example; what a bank needs for an error depends on what it learned."""
+TARGET = 20
+"""Times smaller than fp32; which rank a bank needs for an error depends on what it learned."""
 
 
 def sizes() -> list[dict[str, Any]]:
@@ -298,7 +298,7 @@ def sizes() -> list[dict[str, Any]]:
         channels, parts, movable = (64, 4, 2) if model == "5B" else (1920, 1, 1)
         fp32 = GUIDED_STEPS * parts * torch.empty(tokens, channels, device="meta").nbytes
         half = GUIDED_STEPS * movable * torch.empty(tokens, 3, dtype=torch.float16, device="meta").nbytes
-        factors = parts * (tokens + GUIDED_STEPS * channels) * RANK * 2
+        rank = fp32 // TARGET // (parts * (tokens + GUIDED_STEPS * channels) * 2)
         rows.append(
             {
                 "model": model,
@@ -306,8 +306,9 @@ def sizes() -> list[dict[str, Any]]:
                 "fp32 positions": fp32,
                 "coordinates, 16 bits": half,
                 "coordinates, times smaller": round(fp32 / half, 1),
-                f"position, factors of rank {RANK}": factors,
-                "position, times smaller": round(fp32 / factors, 1),
+                "position, 16 bits": fp32 // 2,
+                f"position, highest rank that is {TARGET} times smaller": rank,
+                "position, full rank": min(tokens, GUIDED_STEPS * channels),
             }
         )
     return rows
@@ -382,6 +383,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
     about = {"command": command(), "machine": machine()}
     results["sizes"] = {**about, "rows": sizes()}
+    write_json(asked.out, results)
     with start_workers(asked.workers) as pool:
         for model, part in itertools.product(asked.models, asked.parts):
             seeds = range(FIRST_SEED + asked.skip, FIRST_SEED + asked.skip + asked.clips)
