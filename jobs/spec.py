@@ -81,7 +81,7 @@ def check_spec(path: str | Path, overrides: Iterable[str] = ()) -> CheckedSpec:
     lines = _Lines(document, str(path))
     for override in overrides:
         _override(values, override)
-    job = _validate(values, lines, Job, lambda values: _without_auto(_with_own_methods(values)))
+    job = _validate(values, lines, Job, lambda values: _without_auto(_with_own_methods(_with_recipe(values))))
     return CheckedSpec(job, values, lines)
 
 
@@ -346,6 +346,17 @@ def _drop(values: Any, keys: tuple[str, ...]) -> None:
         values = next((inner for key, inner in values.items() if str(key) == parent), {})
     for key in [key for key in values if str(key) == last]:
         del values[key]
+
+
+_RECIPES = {"build-bank": {"optimize": "coordinates", "preset": "lasting"}, "reuse": {"optimize": "coordinates"}}
+"""What `method` is in jobs of these kinds where it says nothing else: what serves a motion bank best."""
+
+
+def _with_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """A job of banks takes from its kind what `method` leaves out."""
+    kind, method = values.get("kind"), values.get("method", {})
+    recipe = _RECIPES.get(kind, {}) if isinstance(kind, str) else {}
+    return {**values, "method": {**recipe, **method}} if recipe and isinstance(method, dict) else values
 
 
 def _with_own_methods(values: dict[str, Any]) -> dict[str, Any]:

@@ -223,8 +223,10 @@ JOBS_OWN = OwnSettings()
 class Job:
     """One job. `method`, `methods` and `sampling` are resolved: nothing in them is None.
 
-    methods: several methods to compare, by names of your own: every row is made with each of them. They take from
-    `method` what they leave out. tags: words of your own for the banks of a `build-bank` job; they decide no row's id.
+    method: in YAML, what it leaves out is the model's default; before that, for banks, what serves them best:
+    `optimize: coordinates`, `preset: lasting`. methods: several methods to compare, by names of your own: every row is
+    made with each of them. They take from `method` what they leave out. tags: words of your own for the banks of a
+    `build-bank` job; they decide no row's id.
     log: json, text or off (which YAML reads as false), with a level if it is not info: json:debug; see `pipeline.logs`.
     """
 

@@ -62,7 +62,7 @@ def test_synthesize_bank_and_reuse_end_to_end(job_folder):
         assert row["losses"][3] < row["losses"][2], "falls within the second"
         assert row["attempts"] == 1
 
-    bank = {"method": {"name": "ditflow", "optimize": "position", "guided_steps": 2, "iterations": 2}}
+    bank = {"method": {"optimize": "position", "preset": "paper", "guided_steps": 2, "iterations": 2}}
     banks = write_spec(job_folder, kind="build-bank", output={"uri": str(job_folder / "bank")}, **bank)
     _, tally, _ = run(banks)
     assert tally.ok == 2

@@ -92,7 +92,7 @@ def test_a_build_bank_job_leaves_a_catalogue_with_the_motion_and_tags_of_its_ban
         kind="build-bank",
         references={"uri": str(references), "frames": 9, "height": 32, "width": 32, "stride": 2},
         pairing={"uri": str(tmp_path / "pairs.csv")},
-        method={**METHOD, "optimize": "position"},
+        method={**METHOD, "optimize": "position", "preset": "paper"},
         tags=["outdoors"],
     )
     _, tally, _ = run(spec)

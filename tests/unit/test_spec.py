@@ -111,6 +111,35 @@ def test_what_is_left_out_has_the_models_default_as_if_it_were_auto(load):
     assert None not in (job.method.blocks, job.method.guided_steps, job.sampling.steps, job.sampling.guidance_scale)
 
 
+BANKS = "kind: build-bank\nname: b\noutput: {uri: out}\nreferences: {frames: 17, height: 64, width: 64}\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "optimize", "preset"),
+    [
+        ("", "coordinates", "lasting"),
+        ("method: {iterations: 3}", "coordinates", "lasting"),
+        ("method: {optimize: position}", "position", "lasting"),
+        ("method: {preset: paper}", "coordinates", "paper"),
+    ],
+)
+def test_a_bank_is_learned_to_last_unless_the_job_says_how(load, method, optimize, preset):
+    job = load(text=f"{BANKS}{method}\n").job
+    assert (job.method.optimize, job.method.preset) == (optimize, preset)
+    assert job.method == job.method.resolve(backbones.identify("mini").geometry.defaults)
+
+
+def test_each_of_several_ways_to_learn_banks_lasts_unless_it_says_how(load):
+    job = load(text=f"{BANKS}methods: {{ours: {{}}, paper: {{optimize: position, preset: paper}}}}\n").job
+    ways = {name: (method.optimize, method.preset) for name, method in job.methods.items()}
+    assert ways == {"ours": ("coordinates", "lasting"), "paper": ("position", "paper")}
+
+
+def test_a_reuse_job_needs_no_method(load):
+    job = load(text="kind: reuse\nname: r\noutput: {uri: out}\nbanks: {uri: banks}\nprompts: [a ball]\n").job
+    assert job.method.learns_positions
+
+
 def test_prompts_and_pairing_may_be_tables(load):
     job = load(
         ('["a leopard running up a snowy hill"]', "{uri: prompts.csv, column: text}"),
