@@ -138,7 +138,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """`ditflow.json` of each folder: what `python -m benchmarks.mini_sweep` found best; of lasting banks, see
-docs/banks.md."""
+docs/bank-recipes.md."""
 
 
 class Training:
