@@ -4,9 +4,9 @@ Part `recipes` learns banks of the same held-out references in several ways, and
 that it has not seen. Part `sweep` varies rate, penalties, length and loss of one way, and part `combined` puts together
 what helped. Part `zero-shot` measures the default way alone, over more references. Beside them, with the same prompts
 and noise: plain generation, and guidance that optimises the positions for every video (the paper's). Part `compaction`
-keeps less and less of the same banks. Means come with 95 % bootstrap intervals over references, and
-paired differences. Part `sizes` counts bytes at the shapes of CogVideoX. Figures go to
-benchmarks/results/bank-recipes.json; models and parts that are not measured again keep theirs.
+keeps less and less of the same banks, and part `sizes of videos` stretches them to videos of other sizes. Means come
+with 95 % bootstrap intervals over references, and paired differences. Part `sizes` counts bytes at the shapes of
+CogVideoX. Figures go to benchmarks/results/bank-recipes.json; models and parts that are not measured again keep theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -91,6 +92,8 @@ COMBINED = {
     "stay 0.3, 5 guided steps": replace(BEFORE, stay=0.3, guided_steps=5),
 }
 """The two that helped in the sweep, together."""
+LEARNED_AT = (17, 64, 64)
+OTHER_SIZES = ((17, 80, 80), (17, 64, 96), (25, 64, 64))
 AVERAGED = "the mean of all steps in each"
 BANK_ERROR = Output("").bank_error
 ERRORS = (0.01, 0.03, 0.1, 0.3, 0.6)
@@ -176,6 +179,23 @@ def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
             kept = bank.compacted(error)
             reused = mean_scores(backbone, clip, seed, kept, REUSED)
             scores[f"{name}, error {error:g}"] = {**reused, "times smaller": times_smaller(backbone, kept)}
+    return scores
+
+
+def other_size_scores(model: str, seed: int) -> dict[str, Scores]:
+    """Score the reuse of a bank in videos of other sizes than it was learned at, beside what is done without it."""
+    backbone, clip = setting(model, seed)
+    bank = learned(backbone, clip, DEFAULT, seed)
+    scores = {}
+    for size in (LEARNED_AT, *OTHER_SIZES):
+        shown = render(clip.scene, *size)
+        ways = {
+            "plain": (None, MethodSettings(name="none")),
+            "guided for every video": (shown, GUIDED),
+            "a bank of 17x64x64": (bank.resized(backbone.geometry, size), REUSED),
+        }
+        for name, (source, method) in ways.items():
+            scores[f"{name}, {'x'.join(map(str, size))}"] = mean_scores(backbone, shown, seed, source, method)
     return scores
 
 
@@ -320,7 +340,7 @@ def sizes() -> list[dict[str, Any]]:
 def print_rows(rows: Mapping[str, Any]) -> None:
     """Print a line for every way, with its difference in motion fidelity to what it is held against."""
     for name, row in rows.items():
-        baseline = next(other for other in ("guided for every video", whole_of(name)) if other in rows)
+        baseline = next(other for other in (at_the_size_of(name)[0], whole_of(name)) if other in rows)
         cells = " ".join(
             f"{f} {row[f]['mean']:.3f} [{row[f]['low']:.3f}, {row[f]['high']:.3f}]"
             for f in ("track_cosine", "motion_fidelity", *WORDS)
@@ -330,19 +350,25 @@ def print_rows(rows: Mapping[str, Any]) -> None:
 
 
 def differences(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the paired differences of every way to guidance for every video, to plain generation, and of a bank of
-    which something is left out to the same bank as it was learned."""
+    """Return the paired differences of every way to guidance for every video and to plain generation, at the same size
+    of the videos, and of a bank of which something is left out to the same bank as it was learned."""
     return {
         name: {
             f"{figure} less {baseline}": vars(
                 paired_difference(row[figure]["values"], rows[baseline][figure]["values"])
             )
             for figure in FIGURES
-            for baseline in ("guided for every video", "plain", whole_of(name))
+            for baseline in (*at_the_size_of(name), whole_of(name))
             if baseline in rows and baseline != name
         }
         for name, row in rows.items()
     }
+
+
+def at_the_size_of(name: str) -> tuple[str, str]:
+    """Return guidance for every video and plain generation, at the size of the videos if a name tells one."""
+    size = "".join(re.findall(r", \d+x\d+x\d+$", name))
+    return f"guided for every video{size}", f"plain{size}"
 
 
 def whole_of(name: str) -> str:
@@ -374,6 +400,7 @@ PARTS = {
     "sweep": lambda model: partial(sweep_scores, model),
     "combined": lambda model: partial(recipe_scores, model, COMBINED),
     "compaction": lambda model: partial(compaction_scores, model),
+    "sizes of videos": lambda model: partial(other_size_scores, model),
 }
 
 

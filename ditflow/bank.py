@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ditflow.artifact import ArtifactError, read_artifact, read_artifact_header, write_artifact
+from ditflow.backbones.base import Geometry
 from ditflow.compact import StepValues
 from ditflow.motion import MotionStatistics, motion_statistics
 from ditflow.settings import MethodSettings
+from ditflow.stretch import stretched, stretched_moves
 from ditflow.types import LearnedPosition, TokenGrid
 
 _KIND, _FORMAT = "motion bank", 4
@@ -112,6 +114,31 @@ class MotionBank:
         parts = {part: values.compacted(error) for part, values in self.parts.items()}
         latents = self.latents if self.latents is None else self.latents.half()
         return replace(self, header=replace(self.header, error=error), parts=parts, latents=latents)
+
+    def resized(self, geometry: Geometry, size: tuple[int, int, int]) -> MotionBank:
+        """Return the bank for videos of another size (frames, height, width) of the same model: its motion, stretched.
+
+        The moves of coordinates are interpolated and grow as the grid does, and so are the reference's latents; the
+        flow is left out. Raises BankMismatchError for free positions, which have a meaning on their own grid alone,
+        and SettingsError for a size that the model cannot do.
+        """
+        if self.optimize != "coordinates":
+            raise BankMismatchError(
+                f"this motion bank has free positions of a {TokenGrid(*self.header.grid)} grid, which cannot be "
+                "stretched to another: learn it with optimize: coordinates, or leave the size to the bank"
+            )
+        latent_shape = geometry.latent_shape(*size)
+        grid = astuple(geometry.grid(latent_shape))
+        parts = {
+            part: StepValues(stretched_moves(values.every_step(), self.header.grid, grid))
+            for part, values in self.parts.items()
+        }
+        latents = self.latents
+        if latents is not None:
+            sides = (latent_shape[1], *latent_shape[3:])
+            latents = stretched(latents[0].float().transpose(0, 1), sides).transpose(0, 1)[None]
+        header = replace(self.header, grid=grid, motion=None, provenance={**self.header.provenance, "size": list(size)})
+        return replace(self, header=header, parts=parts, latents=latents, flow=None)
 
     def check_fits(self, revision: str, grid: TokenGrid, timesteps: Sequence[int], guided_steps: int) -> None:
         """Raise BankMismatchError unless this bank was learned for this model, grid and schedule."""

@@ -46,9 +46,13 @@ class StepValues:
         assert self.left is not None and self.right is not None
         return self.left.float() @ self.right[step].float().T
 
+    def every_step(self) -> Float[Tensor, "steps tokens channels"]:
+        """Return the values of all steps."""
+        return torch.stack([self.at(step) for step in range(self.shape[0])])
+
     def compacted(self, error: float) -> StepValues:
         """Return the smallest form whose relative error (of the Frobenius norm, over all steps) is at most `error`."""
-        values = torch.stack([self.at(step) for step in range(self.shape[0])])
+        values = self.every_step()
         forms = [StepValues(whole=values.half()), _factors(values, error)]
         close = [form for form in forms if _relative_error(form, values) <= error]
         return min([*close, StepValues(whole=values)], key=lambda form: form.nbytes)

@@ -167,7 +167,7 @@ def transfer(
         summary = single.transfer(
             single.ReferenceClip(reference, frames, height, width, start, stride)
             if bank is None
-            else MotionBank.from_bytes(bank.read_bytes(), str(bank)),
+            else single.ReusedBank(MotionBank.from_bytes(bank.read_bytes(), str(bank)), frames, height, width),
             prompt,
             output,
             model=model,

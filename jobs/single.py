@@ -44,15 +44,32 @@ class ReferenceClip:
 
     def size(self, backbone: Backbone) -> tuple[int, int, int]:
         """Frames, height and width."""
-        asked = (self.frames, self.height, self.width)
-        frames, height, width = (
-            own if value is None else value for value, own in zip(asked, backbone.geometry.sample_size, strict=True)
-        )
-        return frames, height, width
+        return _size((self.frames, self.height, self.width), backbone.geometry.sample_size)
+
+
+@dataclass(frozen=True)
+class ReusedBank:
+    """A motion bank and the size of the new video; what is left out of it is the bank's own."""
+
+    bank: MotionBank
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def at_size(self, backbone: Backbone) -> MotionBank:
+        """Return the bank for the new video's size; see `MotionBank.resized`."""
+        own = self.bank.header.provenance["size"]
+        size = _size((self.frames, self.height, self.width), own)
+        return self.bank if size == tuple(own) else self.bank.resized(backbone.geometry, size)
+
+
+def _size(asked: Sequence[int | None], own: Sequence[int]) -> tuple[int, int, int]:
+    frames, height, width = (one if value is None else value for value, one in zip(asked, own, strict=True))
+    return frames, height, width
 
 
 def transfer(
-    reference: ReferenceClip | MotionBank,
+    reference: ReferenceClip | ReusedBank,
     prompt: str,
     output: Path,
     *,
@@ -66,19 +83,19 @@ def transfer(
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Transfer motion from a video, or from a bank, to one new video; return a summary."""
-    if save_bank is not None and (isinstance(reference, MotionBank) or not method.learns_positions):
+    if save_bank is not None and (isinstance(reference, ReusedBank) or not method.learns_positions):
         raise ValueError(
             "--save-bank needs --optimize position or coordinates, and no --bank: nothing else learns positions"
         )
-    if plot is not None and (isinstance(reference, MotionBank) or method.loss is None):
+    if plot is not None and (isinstance(reference, ReusedBank) or method.loss is None):
         raise ValueError(
             "--plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
         )
-    if picture is not None and (isinstance(reference, MotionBank) or method.name != "ditflow"):
+    if picture is not None and (isinstance(reference, ReusedBank) or method.name != "ditflow"):
         raise ValueError("--picture draws a reference's attention motion flow: it needs --method ditflow and no --bank")
     _check_folders(output, save_bank, plot, picture)
-    if isinstance(reference, MotionBank):
-        method, sampling = _as_learned(reference, method, sampling)
+    if isinstance(reference, ReusedBank):
+        method, sampling = _as_learned(reference.bank, method, sampling)
     backbone = backbones.load(model)
     source, size, fps = _source(reference, backbone, method)
     steps = sampling.resolve(backbone.defaults).steps
@@ -148,12 +165,13 @@ def _as_learned(
 
 
 def _source(
-    reference: ReferenceClip | MotionBank, backbone: Backbone, method: MethodSettings
+    reference: ReferenceClip | ReusedBank, backbone: Backbone, method: MethodSettings
 ) -> tuple[np.ndarray | MotionBank | None, tuple[int, int, int], float]:
     """What moves the new video, its size, and its frames per second."""
-    if isinstance(reference, MotionBank):
-        frames, height, width = reference.header.provenance["size"]
-        return reference, (frames, height, width), reference.header.provenance.get("fps") or DEFAULT_FPS
+    if isinstance(reference, ReusedBank):
+        bank = reference.at_size(backbone)
+        frames, height, width = bank.header.provenance["size"]
+        return bank, (frames, height, width), bank.header.provenance.get("fps") or DEFAULT_FPS
     if not method.needs_reference:
         return None, reference.size(backbone), DEFAULT_FPS
     clip = reference.read(backbone)

@@ -473,7 +473,8 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
     geometry, steps = model.geometry, job.sampling.steps
     assert steps is not None
     checks: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
-        (("references",), lambda: job.kind in ("reuse", "evaluate") or geometry.latent_shape(*job.references.size))
+        (("references",), lambda: job.kind in ("reuse", "evaluate") or geometry.latent_shape(*job.references.size)),
+        (("banks", "size"), lambda: job.banks.size is None or geometry.latent_shape(*job.banks.size)),
     ]
     for name, variant in job.variants.items():
         where = ("methods", name) if job.methods else ("method",)

@@ -90,13 +90,15 @@ class Banks:
 
     uri: a file, a folder with `glob`, a pattern, or a list of these. ids and where choose from one folder of banks, or
     from the output of a `build-bank` job: ids names them, where is a condition in SQL on the columns of the catalogue
-    (`pipeline.catalogue`), such as "mean_displacement > 1 AND list_contains(tags, 'walk')".
+    (`pipeline.catalogue`), such as "mean_displacement > 1 AND list_contains(tags, 'walk')". size: frames, height and
+    width of the new videos, if not each bank's own: moves of coordinates are stretched then.
     """
 
     uri: str | tuple[str, ...] = ()
     glob: str = "*.safetensors"
     ids: tuple[str, ...] = ()
     where: str | None = None
+    size: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.chooses:
@@ -297,10 +299,11 @@ class Job:
             "fps": self.output.fps,
             "dtype": self.model.dtype,
             **({"bank_error": self.output.bank_error} if self.kind == "build-bank" else {}),
+            **({"size": self.banks.size and list(self.banks.size)} if self.kind == "reuse" else {}),
         }
 
     def _video_settings(self) -> dict[str, Any]:
-        """Which frames of a reference are used; with `reuse` the bank decides."""
+        """Which frames of a reference are used; with `reuse` the bank, or `banks.size`, decides."""
         return {key: getattr(self.references, key) for key in ("frames", "height", "width", "start", "stride", "fit")}
 
     def extraction_settings(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -21,7 +21,7 @@ from ditflow.video import encode_video
 from pipeline import telemetry
 from pipeline.job import DEFAULT_FPS, Job
 from pipeline.logs import INFO, WARNING, event, is_debug
-from pipeline.plan import WorkRow
+from pipeline.plan import Input, WorkRow
 from pipeline.record import PHASES
 from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
 from pipeline.stages.banks import RecentBanks
@@ -138,7 +138,7 @@ class FinishRow:
     def _moved_by(self, work: WorkRow, bank: MotionBank) -> Columns:
         """The columns that tell which reference a bank was learned of, so that the video can be held against it."""
         its = bank.header.provenance
-        settings = {**self._job_of(work).row_settings(), "video": its.get("reference_video")}
+        settings = {**self._job_of(work).row_settings(), "video": _comparable(its.get("reference_video"), its["size"])}
         return {
             "reference_uri": its.get("reference_uri"),
             "reference_sha256": its.get("reference_sha256"),
@@ -180,13 +180,19 @@ class FinishRow:
         """What moves the new video, the video's size, and its frames per second."""
         size, own_fps = self._job.references.size, self._job.output.fps
         if work.bank is not None:
-            bank = self._banks.get(work.bank)
+            bank = self._bank(work.bank)
             frames, height, width = bank.header.provenance["size"]
             return bank, (frames, height, width), own_fps or bank.header.provenance.get("fps") or DEFAULT_FPS
         if work.motion_id is None:
             return None, size, own_fps or DEFAULT_FPS
         motion = self._motion(row["amf_uri"])
         return motion, size, own_fps or motion.fps or DEFAULT_FPS
+
+    def _bank(self, source: Input) -> MotionBank:
+        """A bank, for videos of the size that the job asks for."""
+        bank, size = self._banks.get(source), self._job.banks.size
+        assert self._worker is not None
+        return bank if size is None else bank.resized(self._worker.backbone.geometry, size)
 
     def _job_of(self, work: WorkRow) -> Job:
         """The job with the row's method alone, and with what a table says of the row."""
@@ -223,6 +229,17 @@ class FinishRow:
             "spec_json": json.dumps(job.row_settings(), sort_keys=True),
             **(_extraction(row) if work.motion_id is not None else {}),
         }
+
+
+def _comparable(video: Mapping[str, Any] | None, size: Sequence[int]) -> dict[str, Any] | None:
+    """Which frames of a bank's reference, at the size of a new video, can be held against it; None if none can.
+
+    A video that is longer, or of another shape, than what its bank was learned of has no frames to go with its own.
+    """
+    frames, height, width = size
+    if video is None or (video["frames"], video["height"] * width) != (frames, video["width"] * height):
+        return None
+    return {**video, "height": height, "width": width}
 
 
 def _extraction(row: Row) -> Columns:

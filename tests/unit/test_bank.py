@@ -11,9 +11,10 @@ from tiny import FRAMES, SIZE
 
 from ditflow.artifact import ArtifactError, header_end, sealed, write_artifact
 from ditflow.bank import BankHeader, BankMismatchError, MotionBank
+from ditflow.compact import StepValues
 from ditflow.motion import motion_statistics
 from ditflow.reference import MotionReference, extract_motion
-from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
+from ditflow.settings import MethodSettings, SamplingSettings, SettingsError, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.types import TokenGrid
 
@@ -444,6 +445,56 @@ def test_another_model_revision_is_refused(rotary, rotary_backbone):
     expected = f"model revision is other, the generation's is {rotary_backbone.revision}.*with tiny-rotary"
     with pytest.raises(BankMismatchError, match=expected):
         generate(rotary_backbone, stranger)
+
+
+WIDER = (FRAMES + 4, SIZE, SIZE + 16)
+
+
+@pytest.fixture(scope="module")
+def by_coordinates(backbone, moving_video) -> Learned:
+    return learned_with(backbone, moving_video, replace(METHOD, optimize="coordinates"))
+
+
+def test_a_bank_of_coordinates_moves_videos_of_another_size_when_it_is_stretched(by_coordinates, backbone):
+    bank = by_coordinates.bank
+    other = bank.resized(backbone.geometry, WIDER)
+    made = generate(backbone, other, by_coordinates.method, size=WIDER)
+    unmoved = replace(
+        other, parts={part: StepValues(torch.zeros_like(v.every_step())) for part, v in other.parts.items()}
+    )
+    assert made.video is not None and made.video.shape == (*WIDER, 3)
+    still = generate(backbone, unmoved, by_coordinates.method, size=WIDER)
+    assert not torch.equal(made.latents, still.latents)
+    assert other.header.provenance["size"] == list(WIDER)
+    assert replace(other.header, grid=bank.header.grid, motion=bank.header.motion, provenance={}) == replace(
+        bank.header, provenance={}
+    )
+    assert bank.header.grid == (3, 4, 4), "the bank itself stays as it was"
+
+
+def test_a_bank_that_was_stretched_is_still_read_as_one(by_coordinates, backbone):
+    other = by_coordinates.bank.resized(backbone.geometry, WIDER)
+    again = MotionBank.from_bytes(other.to_bytes())
+    assert_same_positions(again, other)
+    assert again.header == other.header
+
+
+def test_its_own_size_stretches_nothing(by_coordinates, backbone):
+    bank = by_coordinates.bank
+    same = bank.resized(backbone.geometry, CLIP)
+    for step in range(GUIDED_STEPS):
+        torch.testing.assert_close(same.change(step), bank.change(step))
+    torch.testing.assert_close(same.latents, bank.latents)
+
+
+def test_free_positions_are_not_stretched(rotary, rotary_backbone):
+    with pytest.raises(BankMismatchError, match="free positions of a 3x4x4 grid.*optimize: coordinates"):
+        rotary.bank.resized(rotary_backbone.geometry, WIDER)
+
+
+def test_a_bank_is_stretched_to_no_size_that_the_model_cannot_do(by_coordinates, backbone):
+    with pytest.raises(SettingsError, match="width.*multiple of"):
+        by_coordinates.bank.resized(backbone.geometry, (FRAMES, SIZE, SIZE + 1))
 
 
 def test_another_grid_is_refused(rotary, rotary_backbone):

@@ -554,6 +554,11 @@ NEEDS = {"optimizer": {"optimize": "coordinates"}, "more_prompts": {"drafts": 2}
 """What else a method has for a setting to be one that it can have."""
 
 
+def open_to(name: str, job: Job) -> Job:
+    """The job as it has to be for a setting to be varied by itself."""
+    return vary("method", **NEEDS.get(name, {}))(job)
+
+
 def test_every_setting_of_the_algorithm_is_among_those_that_are_varied_here():
     sections = (MethodSettings(), SamplingSettings())
     assert {name for section in sections for name in vars(section)} - {"name"} <= set(MATTERS)
@@ -561,7 +566,7 @@ def test_every_setting_of_the_algorithm_is_among_those_that_are_varied_here():
 
 @pytest.mark.parametrize("name", MATTERS)
 def test_what_decides_the_output_changes_every_id(local_job, name):
-    job = vary("method", **NEEDS.get(name, {}))(local_job)
+    job = open_to(name, local_job)
     assert set(ids(MATTERS[name](job))).isdisjoint(ids(job))
 
 
@@ -598,6 +603,12 @@ def test_the_size_of_a_reference_does_not_matter_for_reuse_where_the_bank_decide
     banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
     reuse = replace(local_job, kind="reuse", banks=Banks(banks))
     assert ids(reuse) == ids(vary("references", height=32)(reuse))
+
+
+def test_another_size_of_the_new_videos_changes_every_id_of_a_reuse(local_job, tmp_path):
+    banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
+    own = ids(replace(local_job, kind="reuse", banks=Banks(banks)))
+    assert set(own).isdisjoint(ids(replace(local_job, kind="reuse", banks=Banks(banks, size=(17, 64, 96)))))
 
 
 def test_a_changed_reference_changes_only_its_own_rows(job):
@@ -681,7 +692,8 @@ def test_what_decides_the_extraction_changes_every_motion(local_job, name):
 
 @pytest.mark.parametrize("name", sorted(set(MATTERS) - {*EXTRACTION}))
 def test_what_decides_the_generation_alone_changes_no_motion(local_job, name):
-    assert motion_ids(MATTERS[name](local_job)) == motion_ids(local_job)
+    job = open_to(name, local_job)
+    assert motion_ids(MATTERS[name](job)) == motion_ids(job)
 
 
 def test_an_extraction_job_extracts_the_motion_that_a_synthesis_uses(local_job):

@@ -140,6 +140,16 @@ def test_a_reuse_job_needs_no_method(load):
     assert job.method.learns_positions
 
 
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [("[17, 64, 65]", "banks.size.width: 65 .*multiple"), ("[18, 64, 64]", "banks.size.frames: 18"), ("[17, 64]", "")],
+)
+def test_the_size_of_reused_motion_is_one_that_the_model_can_do(load, size, said):
+    reuse = f"kind: reuse\nname: r\noutput: {{uri: out}}\nbanks: {{uri: banks, size: {size}}}\n"
+    with pytest.raises(SpecError, match=f"job.yaml:4: .*{said}"):
+        load(text=reuse)
+
+
 def test_prompts_and_pairing_may_be_tables(load):
     job = load(
         ('["a leopard running up a snowy hill"]', "{uri: prompts.csv, column: text}"),
