@@ -138,7 +138,7 @@ class FinishRow:
     def _moved_by(self, work: WorkRow, bank: MotionBank) -> Columns:
         """The columns that tell which reference a bank was learned of, so that the video can be held against it."""
         its = bank.header.provenance
-        settings = {**self._job_of(work).row_settings(), "video": _comparable(its.get("reference_video"), its["size"])}
+        settings = {**self._job_of(work).row_settings(), "video": comparable(its.get("reference_video"), its["size"])}
         return {
             "reference_uri": its.get("reference_uri"),
             "reference_sha256": its.get("reference_sha256"),
@@ -231,7 +231,7 @@ class FinishRow:
         }
 
 
-def _comparable(video: Mapping[str, Any] | None, size: Sequence[int]) -> dict[str, Any] | None:
+def comparable(video: Mapping[str, Any] | None, size: Sequence[int]) -> dict[str, Any] | None:
     """Which frames of a bank's reference, at the size of a new video, can be held against it; None if none can.
 
     A video that is longer, or of another shape, than what its bank was learned of has no frames to go with its own.

@@ -1,5 +1,6 @@
 """A job that reuses many banks on two actors: each bank is read at most once by each, and a bad one costs no other."""
 
+import json
 import pickle
 import re
 from collections import Counter
@@ -82,6 +83,22 @@ def test_each_actor_reads_a_bank_at_most_once_and_bad_banks_fail_alone(tmp_path,
     for process, count in loads.items():
         used = [name for name, its in rows.items() if process in {row["process"] for row in its}]
         assert count <= len(set(used) - refused.keys())
+
+
+def test_banks_of_coordinates_move_videos_of_the_size_that_the_job_asks_for(tmp_path, banks):
+    spec = write_spec(
+        tmp_path,
+        kind="reuse",
+        references={},
+        banks={"uri": str(banks), "size": [9, 32, 48]},
+        prompts=["a red ball"],
+        method={},
+    )
+    _, tally, _ = run(spec)
+    assert (tally.ok, tally.failed) == (GOOD, 0)
+    for row in Manifest(Store(str(tmp_path / "out"))).read().to_pylist():
+        assert (row["frames"], row["height"], row["width"]) == (9, 32, 48)
+        assert json.loads(row["spec_json"])["size"] == [9, 32, 48]
 
 
 def test_a_build_bank_job_leaves_a_catalogue_with_the_motion_and_tags_of_its_banks(tmp_path, references):

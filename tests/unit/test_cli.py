@@ -386,6 +386,22 @@ def test_a_bank_brings_its_own_number_of_steps(made, tmp_path):
     assert (tmp_path / "out.mp4").exists()
 
 
+def test_a_bank_of_coordinates_moves_a_video_of_another_size(clips, tmp_path):
+    bank, output = tmp_path / "bank.safetensors", tmp_path / "wide.mp4"
+    options = ("--optimize", "coordinates", "--save-bank", bank, *SIZE, *FEW_STEPS)
+    ditflow("transfer", clips[0], PROMPT, "-o", tmp_path / "out.mp4", *options)
+    ditflow("transfer", "--bank", bank, *FEW_STEPS, "--width", 2 * WIDTH, PROMPT, "-o", output)
+    info = probe_video(output)
+    assert (info.frames, info.height, info.width) == (FRAMES, HEIGHT, 2 * WIDTH)
+
+
+def test_a_bank_of_free_positions_is_refused_for_another_size(made, tmp_path):
+    options = ("--bank", made.bank, "--model", made.model, *FEW_STEPS, "--width", 2 * WIDTH)
+    (said,) = errors_of(ditflow("transfer", *options, PROMPT, "-o", tmp_path / "out.mp4", status=2))
+    assert "cannot be stretched" in said
+    assert "optimize: coordinates" in said
+
+
 def test_a_bank_of_another_model_is_refused(made, tmp_path):
     other = next(model for model in MODELS if model != made.model)
     options = ("--bank", made.bank, "--model", other, *FEW_STEPS)

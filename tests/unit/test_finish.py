@@ -16,7 +16,7 @@ from pipeline.plan import make_plan
 from pipeline.run import _settled
 from pipeline.stages.attempt import STOPPED, not_to_blame
 from pipeline.stages.extract import without_motion
-from pipeline.stages.generate import FinishRow
+from pipeline.stages.generate import FinishRow, comparable
 from pipeline.store import StoreError
 
 
@@ -95,3 +95,19 @@ def test_a_fault_of_the_job_in_an_earlier_stage_is_passed_on_and_not_recorded(sp
     told = FinishRow(spec.job, spec.model.revision)({**planned(spec), "fault": fault})
     assert (told["status"], told["error_message"]) == (STOPPED, "the bucket is gone")
     assert Manifest(spec.job.store()).statuses() == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((17, 64, 64), (64, 64)),
+        ((17, 128, 128), (128, 128)),
+        ((25, 64, 64), None),
+        ((17, 64, 96), None),
+    ],
+)
+def test_a_reused_reference_is_held_against_videos_of_its_own_length_and_shape(size, expected):
+    video = {"frames": 17, "height": 64, "width": 64, "start": 3, "stride": 2, "fit": "crop"}
+    shown = comparable(video, size)
+    assert shown == (None if expected is None else {**video, "height": expected[0], "width": expected[1]})
+    assert comparable(None, size) is None
