@@ -92,7 +92,6 @@ COMBINED = {
     "stay 0.3, 5 guided steps": replace(BEFORE, stay=0.3, guided_steps=5),
 }
 """The two that helped in the sweep, together."""
-LEARNED_AT = (17, 64, 64)
 OTHER_SIZES = ((17, 80, 80), (17, 64, 96), (25, 64, 64))
 AVERAGED = "the mean of all steps in each"
 BANK_ERROR = Output("").bank_error
@@ -186,17 +185,21 @@ def other_size_scores(model: str, seed: int) -> dict[str, Scores]:
     """Score the reuse of a bank in videos of other sizes than it was learned at, beside what is done without it."""
     backbone, clip = setting(model, seed)
     bank = learned(backbone, clip, DEFAULT, seed)
-    scores = {}
-    for size in (LEARNED_AT, *OTHER_SIZES):
+    learned_at, scores = clip.frames.shape[:3], {}
+    for size in (learned_at, *OTHER_SIZES):
         shown = render(clip.scene, *size)
         ways = {
             "plain": (None, MethodSettings(name="none")),
             "guided for every video": (shown, GUIDED),
-            "a bank of 17x64x64": (bank.resized(backbone.geometry, size), REUSED),
+            f"a bank of {_sides(learned_at)}": (bank.resized(backbone.geometry, size), REUSED),
         }
         for name, (source, method) in ways.items():
-            scores[f"{name}, {'x'.join(map(str, size))}"] = mean_scores(backbone, shown, seed, source, method)
+            scores[f"{name}, {_sides(size)}"] = mean_scores(backbone, shown, seed, source, method)
     return scores
+
+
+def _sides(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def setting(model: str, seed: int) -> tuple[Backbone, WorldClip]:

@@ -116,12 +116,14 @@ class MotionBank:
         return replace(self, header=replace(self.header, error=error), parts=parts, latents=latents)
 
     def resized(self, geometry: Geometry, size: tuple[int, int, int]) -> MotionBank:
-        """Return the bank for videos of another size (frames, height, width) of the same model: its motion, stretched.
+        """Return the bank for videos of a size (frames, height, width) of the same model: its motion, stretched.
 
-        The moves of coordinates are interpolated and grow as the grid does, and so are the reference's latents; the
-        flow is left out. Raises BankMismatchError for free positions, which have a meaning on their own grid alone,
-        and SettingsError for a size that the model cannot do.
+        For its own size it is the bank itself. For another the moves of coordinates are interpolated and grow as the
+        grid does, and so are the reference's latents; the flow is left out. Raises BankMismatchError for free
+        positions, which have a meaning on their own grid alone, and SettingsError for a size that the model cannot do.
         """
+        if self.header.provenance.get("size") == list(size):
+            return self
         if self.optimize != "coordinates":
             raise BankMismatchError(
                 f"this motion bank has free positions of a {TokenGrid(*self.header.grid)} grid, which cannot be "

@@ -58,9 +58,8 @@ class ReusedBank:
 
     def at_size(self, backbone: Backbone) -> MotionBank:
         """Return the bank for the new video's size; see `MotionBank.resized`."""
-        own = self.bank.header.provenance["size"]
-        size = _size((self.frames, self.height, self.width), own)
-        return self.bank if size == tuple(own) else self.bank.resized(backbone.geometry, size)
+        size = _size((self.frames, self.height, self.width), self.bank.header.provenance["size"])
+        return self.bank.resized(backbone.geometry, size)
 
 
 def _size(asked: Sequence[int | None], own: Sequence[int]) -> tuple[int, int, int]:

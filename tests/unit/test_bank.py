@@ -490,6 +490,7 @@ def test_its_own_size_stretches_nothing(by_coordinates, backbone):
 def test_free_positions_are_not_stretched(rotary, rotary_backbone):
     with pytest.raises(BankMismatchError, match="free positions of a 3x4x4 grid.*optimize: coordinates"):
         rotary.bank.resized(rotary_backbone.geometry, WIDER)
+    assert rotary.bank.resized(rotary_backbone.geometry, CLIP) is rotary.bank, "their own size is no other"
 
 
 def test_a_bank_is_stretched_to_no_size_that_the_model_cannot_do(by_coordinates, backbone):
