@@ -61,16 +61,18 @@ def displacement_error(
     grid: TokenGrid,
     temperature: float,
     target: Shaped[Tensor, "frames frames patches 2"],
-    chosen: Bool[Tensor, "frames frames patches 2"],
+    chosen: Bool[Tensor, "frames frames patches"],
 ) -> Float[Tensor, ""]:
-    """Mean squared difference between `soft_displacement` and `target` over the `chosen` entries, in patches squared.
+    """Mean squared difference between `soft_displacement` and `target`, in patches squared.
+
+    The mean runs over both components of the `chosen` displacement vectors.
 
     The gradients are made on the way: the error of a key frame is known as soon as its attention is, so nothing is
     computed again in the backward pass.
     """
     query, key, coordinates, scale = _prepared(attention, grid, temperature)
     matches = (target + coordinates).transpose(0, 1).flatten(1, 2)
-    weights = (chosen.to(query.dtype) / chosen.sum()).transpose(0, 1).flatten(1, 2)
+    weights = (chosen.to(query.dtype) / (2 * chosen.sum())).transpose(0, 1).flatten(1, 2)[..., None]
     return _MatchError.apply(query, key, coordinates, matches, weights, scale)
 
 
@@ -96,8 +98,8 @@ def _relative(matches: Float[Tensor, "frames tokens 2"], grid: TokenGrid) -> Ten
 class _MatchError(torch.autograd.Function):
     """Weighted squared error of attention's expected coordinates, and its gradients, in one sweep over key frames.
 
-    With a = softmax(logits), expected coordinates e = a c, target m and weights w, the error is the sum of
-    w (e - m)^2. With g = w (e - m), the gradient of logit (s, t) is 2 a[s, t] (g[s] . c[t] - g[s] . e[s]).
+    With a = softmax(logits), expected coordinates e = a c, target m and one weight w a token, the error is the sum of
+    w |e - m|^2. With g = w (e - m), the gradient of logit (s, t) is 2 a[s, t] (g[s] . c[t] - g[s] . e[s]).
     """
 
     @staticmethod

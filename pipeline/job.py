@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from ditflow.losses import MOTION_LOSSES
 from ditflow.metrics.base import MetricSettings
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
 from ditflow.video import MAX_PIXELS_PER_FRAME
@@ -261,7 +262,7 @@ class Job:
             raise SettingsError("seeds", self.seeds, "one or more whole numbers of 64 bits")
 
     ROW_FORMAT: ClassVar[int] = 1
-    """Raised when the same settings come to mean other bytes."""
+    """Raised when the same settings come to mean other bytes in all rows; a loss has a revision of its own."""
 
     @cached_property
     def variants(self) -> dict[str, Job]:
@@ -292,8 +293,10 @@ class Job:
 
     def row_settings(self) -> dict[str, Any]:
         """Every setting that decides a row's output, as JSON values."""
+        revision = self._loss_revision()
         return {
             "method": settings_dict(self.method),
+            **({"loss_revision": revision} if revision > 1 else {}),
             "sampling": settings_dict(self.sampling),
             "video": None if self.kind == "reuse" else self._video_settings(),
             "fps": self.output.fps,
@@ -301,6 +304,12 @@ class Job:
             **({"bank_error": self.output.bank_error} if self.kind == "build-bank" else {}),
             **({"size": self.banks.size and list(self.banks.size)} if self.kind == "reuse" else {}),
         }
+
+    def _loss_revision(self) -> int:
+        """Version of the motion loss that guides; 1 where none is evaluated: what is extracted does not depend on it."""
+        if self.method.loss is None or self.kind not in ("synthesize", "build-bank"):
+            return 1
+        return MOTION_LOSSES[self.method.loss].from_settings(self.method).revision
 
     def _video_settings(self) -> dict[str, Any]:
         """Which frames of a reference are used; with `reuse` the bank, or `banks.size`, decides."""

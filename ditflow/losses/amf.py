@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ditflow import amf
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionMotionFlowLoss:
-    """The reference's displacement against the generated video's soft displacement, in patches squared.
+    """Mean squared error between the reference's displacement and the new video's soft one, in patches squared.
 
-    entries: `nonzero` compares the entries in which the reference moves by more than `threshold` patches, `all`
-    compares every entry. reference_flow: the reference's displacement is that of the best match (`hard`, the paper's),
-    or the expected one (`soft`, at the same temperature).
+    entries: `nonzero` compares the displacement vectors (dx, dy) of the reference that are longer than `threshold`
+        patches, both components of each; `all` compares every vector.
+    reference_flow: displacement to the best match (`hard`, the paper's), or expected displacement under the softmax at
+        the same temperature (`soft`).
     """
 
     temperature: float = 2.0
@@ -34,6 +35,11 @@ class AttentionMotionFlowLoss:
     name: ClassVar[str] = "ditflow"
     captures: ClassVar[CaptureKind] = "queries_keys"
     reference_noise: ClassVar[float] = 0.0
+
+    @property
+    def revision(self) -> int:
+        """2 for `nonzero`, whose entries were chosen component by component in revision 1; `all` never changed."""
+        return 2 if self.entries == "nonzero" else 1
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> AttentionMotionFlowLoss:
@@ -51,18 +57,20 @@ class AttentionMotionFlowLoss:
         return {"displacement": displacement.cpu()}
 
     def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
-        """Return the mean squared difference over the chosen entries."""
+        """Return the mean squared difference over both components of the chosen vectors."""
         self._check_moves(payload["displacement"])
         target = payload["displacement"].to(capture.query.device)
-        chosen = torch.ones_like(target, dtype=torch.bool) if self.entries == "all" else self._moving(target)
-        return amf.displacement_error(capture, grid, self.temperature, target, chosen)
+        return amf.displacement_error(capture, grid, self.temperature, target, self._chosen(target))
 
-    def _moving(self, displacement: Tensor) -> Tensor:
-        return displacement.abs() > self.threshold
+    def _chosen(self, displacement: Shaped[Tensor, "frames frames patches 2"]) -> Bool[Tensor, "frames frames patches"]:
+        """Choose vectors by their length. Choosing dx and dy separately would let a sideways motion drift up."""
+        if self.entries == "all":
+            return torch.ones_like(displacement[..., 0], dtype=torch.bool)
+        return torch.linalg.vector_norm(displacement.float(), dim=-1) > self.threshold
 
     def _check_moves(self, displacement: Tensor) -> None:
         """Raise StaticReferenceError if there is no entry to compare: their mean would be NaN."""
-        if self.entries == "nonzero" and not self._moving(displacement).any():
+        if not self._chosen(displacement).any():
             raise StaticReferenceError(
                 f"the reference's attention motion flow is {self.threshold:g} patches or less everywhere: there is no "
                 "motion to transfer. Choose a longer range of frames, a larger stride or a lower loss_threshold, or "

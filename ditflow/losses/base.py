@@ -21,11 +21,17 @@ class MotionLoss(Protocol):
 
     captures: what it needs of a block, `queries_keys` or `features`; nothing else is computed.
     reference_noise: how far the reference is noised before its signal is taken, as a share t/T of all timesteps.
+    revision: raised when the same settings come to mean another loss, so that the rows it guides get new ids.
     """
 
     name: ClassVar[str]
     captures: ClassVar[CaptureKind]
     reference_noise: ClassVar[float]
+
+    @property
+    def revision(self) -> int:
+        """Version of the loss under these settings; a class attribute will do."""
+        ...
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> MotionLoss:

@@ -34,6 +34,7 @@ class MotionFeatureLoss:
     name: ClassVar[str] = "moft"
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
+    revision: ClassVar[int] = 1
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> MotionFeatureLoss:

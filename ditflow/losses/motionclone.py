@@ -34,6 +34,7 @@ class TemporalAttentionLoss:
     name: ClassVar[str] = "motionclone"
     captures: ClassVar[CaptureKind] = "queries_keys"
     reference_noise: ClassVar[float] = 0.4
+    revision: ClassVar[int] = 1
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> TemporalAttentionLoss:

@@ -35,6 +35,7 @@ class SpaceTimeMeanLoss:
     name: ClassVar[str] = "smm"
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
+    revision: ClassVar[int] = 1
 
     @classmethod
     def from_settings(cls, method: MethodSettings) -> SpaceTimeMeanLoss:

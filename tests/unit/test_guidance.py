@@ -490,7 +490,7 @@ INDIFFERENT = QueriesKeys(torch.zeros(ROW.tokens, 4), torch.zeros(ROW.tokens, 4)
 
 
 def hand_made_flow() -> Tensor:
-    """Two patches move: dx = 2 where the soft displacement is 1, and dx = -1 where it is -1."""
+    """Two patches move: by (2, 0) where the soft displacement is (1, 0), and by (-1, 0) where it is (-1, 0)."""
     flow = torch.zeros(2, 2, 3, 2, dtype=torch.int8)
     flow[0, 1, 0, 0], flow[1, 0, 2, 0] = 2, -1
     return flow
@@ -498,7 +498,7 @@ def hand_made_flow() -> Tensor:
 
 def test_nonzero_entries_are_compared_where_the_reference_moves():
     loss = AttentionMotionFlowLoss(entries="nonzero")(INDIFFERENT, {"displacement": hand_made_flow()}, ROW)
-    assert loss.item() == pytest.approx(((1 - 2) ** 2 + (-1 + 1) ** 2) / 2)
+    assert loss.item() == pytest.approx(((1 - 2) ** 2 + (-1 + 1) ** 2) / 4), "two vectors of two components"
 
 
 def test_all_entries_are_compared_everywhere():
@@ -510,9 +510,40 @@ def test_all_entries_are_compared_everywhere():
 
 def test_entries_up_to_the_threshold_are_left_out():
     loss = AttentionMotionFlowLoss(threshold=1.0)(INDIFFERENT, {"displacement": hand_made_flow()}, ROW)
-    assert loss.item() == pytest.approx((1 - 2) ** 2)
+    assert loss.item() == pytest.approx((1 - 2) ** 2 / 2)
     with pytest.raises(StaticReferenceError, match="2 patches or less everywhere"):
         AttentionMotionFlowLoss(threshold=2.0)(INDIFFERENT, {"displacement": hand_made_flow()}, ROW)
+
+
+def test_the_threshold_is_a_length():
+    """(1, 1) is longer than 1.4 patches though neither component is; both components count, also the one at rest."""
+    flow = torch.zeros(2, 2, 3, 2, dtype=torch.int8)
+    flow[0, 1, 0] = torch.tensor([1, 1])
+    loss = AttentionMotionFlowLoss(threshold=1.4)
+    assert loss(INDIFFERENT, {"displacement": flow}, ROW).item() == pytest.approx((0**2 + 1**2) / 2)
+    with pytest.raises(StaticReferenceError, match=r"1\.5 patches or less everywhere"):
+        AttentionMotionFlowLoss(threshold=1.5)(INDIFFERENT, {"displacement": flow}, ROW)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16], ids=["hard", "soft"])
+@pytest.mark.parametrize("drift", [0.3, 0.6])
+def test_a_sideways_motion_that_drifts_up_costs_the_drift_and_has_a_gradient_against_it(drift, dtype):
+    """Of a 2x2 grid, the lower left patch moves right; its attention gives the share w to the patch above that.
+
+    The soft displacement is (1, -w), so the loss is w^2 / 2; with w = sigmoid(u), its derivative in u is w^2 (1 - w).
+    """
+    grid = TokenGrid(frames=2, height=2, width=2)
+    flow = torch.zeros(2, 2, 4, 2, dtype=dtype)
+    flow[0, 1, 2, 0] = 1
+    logit = torch.tensor(drift, dtype=torch.float64).logit().requires_grad_()
+    far = torch.tensor(-60.0, dtype=torch.float64)
+    lower_left = torch.stack([far, logit, far, torch.zeros_like(far)])  # the other three patches, row by row: 0, 1, 3
+    query = torch.zeros(grid.tokens, 4, dtype=torch.float64).index_put((torch.tensor(2),), lower_left)
+    key = torch.eye(4, dtype=torch.float64).repeat(2, 1)
+    loss = AttentionMotionFlowLoss()(QueriesKeys(query, key, heads=1), {"displacement": flow}, grid)
+    assert loss.item() == pytest.approx(drift**2 / 2)
+    (gradient,) = torch.autograd.grad(loss, logit)
+    assert gradient.item() == pytest.approx(drift**2 * (1 - drift))
 
 
 def test_a_soft_reference_is_the_expectation_and_what_it_was_taken_from_fits_it():

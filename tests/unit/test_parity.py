@@ -198,13 +198,13 @@ def pair_logits(seen: Seen, block: int, i: int, j: int) -> Tensor:
 
 
 def flow_loss(generated: Seen, reference: Seen, block: int) -> Tensor:
-    """Squared error over dx and dy entries, each by itself, that are not zero in the reference."""
+    """Squared error over both components of the displacement vectors that are not zero in the reference."""
     errors, own = [], coordinates()
     for i in range(FRAMES):
         for j in range(FRAMES):
             hard = own[pair_logits(reference, block, i, j).argmax(dim=-1)] - own
             soft = (2 * pair_logits(generated, block, i, j)).softmax(dim=-1) @ own - own
-            errors.append((soft - hard)[hard != 0] ** 2)
+            errors.append((soft - hard)[hard.norm(dim=-1) > 0] ** 2)
     return torch.cat(errors).mean()
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.plan
+from ditflow.losses.amf import AttentionMotionFlowLoss
 from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, SamplingSettings, SettingsError
 from pipeline.faults import Policy
 from pipeline.graph import bank_by_bank
@@ -573,6 +574,35 @@ def test_what_decides_the_output_changes_every_id(local_job, name):
 def test_another_model_revision_changes_every_id(local_job):
     assert set(ids(local_job, "revision-2")).isdisjoint(ids(local_job))
     assert motion_ids(local_job, "revision-2").isdisjoint(motion_ids(local_job))
+
+
+REVISED = {
+    "moving entries": ("synthesize", MethodSettings(), True),
+    "moving entries, positions of a bank": ("build-bank", MethodSettings(optimize="position"), True),
+    "all entries": ("synthesize", MethodSettings(loss_entries="all"), False),
+    "another loss": ("synthesize", MethodSettings("moft"), False),
+    "injection": ("synthesize", MethodSettings("injection"), False),
+    "extraction": ("extract", MethodSettings(), False),
+}
+
+
+@pytest.mark.parametrize(("kind", "method", "touched"), REVISED.values(), ids=REVISED)
+def test_a_revised_loss_changes_the_ids_of_the_rows_that_it_guides_and_no_motion(
+    local_job, monkeypatch, kind, method, touched
+):
+    job = replace(local_job, kind=kind, method=method.resolve(DEFAULTS))
+    own, motions = ids(job), motion_ids(job)
+    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 1)
+    assert set(ids(job)).isdisjoint(own) == touched
+    assert motion_ids(job) == motions
+
+
+def test_a_revised_loss_changes_no_id_of_a_reuse_which_evaluates_none(local_job, tmp_path, monkeypatch):
+    banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
+    reuse = replace(local_job, kind="reuse", banks=Banks(banks))
+    own = ids(reuse)
+    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 1)
+    assert ids(reuse) == own
 
 
 DOES_NOT_MATTER = {

@@ -20,6 +20,7 @@ class FrameChangeLoss:
     name: ClassVar[str] = "toy"
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
+    revision: ClassVar[int] = 1
 
     @classmethod
     def from_settings(cls, method: object) -> FrameChangeLoss:
