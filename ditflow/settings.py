@@ -22,6 +22,10 @@ _LASTING: Mapping[str, Mapping[str, Any]] = {
     "coordinates": {"iterations": 10, "learning_rate": (0.15, 0.075), "optimizer": "adam-mini", "drafts": 8},
 }
 """Where a model does not say otherwise."""
+_TRIAL_SHARE = 0.4
+"""Share of the guided steps after which a candidate's loss predicts how well its video will follow."""
+_OMIT_DEFAULT = {"omit_default": True}
+"""Metadata of a field that was added later: `settings_dict` omits its default, so that older row ids stay valid."""
 
 
 class SettingsError(ValueError):
@@ -103,9 +107,9 @@ class MethodSettings:
     injection: also put the reference's keys and values into block 0 during the guided steps.
     injected_steps: or during so many of the first steps, a count or a fraction (None: the guided ones; of a bank: as
         many as it was made for).
-    loss_entries: `ditflow` compares where the reference moves (`nonzero`, the paper's), or everywhere (`all`), so that
-        what rests in the reference is asked to rest.
-    loss_threshold: with `nonzero`, entries that move by no more than this many patches are left out.
+    loss_entries: `ditflow` compares the displacement vectors that are not zero in the reference (`nonzero`, the
+        paper's), or all of them (`all`), so that what rests in the reference is asked to rest.
+    loss_threshold: with `nonzero`, vectors of this length in patches or less are left out.
     reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
     other_frames: `motionclone` leaves out a place's attention to its own frame.
     measured: where the new video's motion is measured: in the `pass` that is optimised, as the paper does, or in the
@@ -120,6 +124,8 @@ class MethodSettings:
     smooth: weight of the mean squared difference between the moves of neighbours.
     zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
     more_prompts: what the other drafts show, in turns.
+    noise_candidates: initial noises that are tried, each by the first two fifths of the guided steps; the one with the
+        smallest motion loss is used (the paper: 1, the seed's own). Not for banks.
     """
 
     name: str = "ditflow"
@@ -145,6 +151,7 @@ class MethodSettings:
     zero_shot: bool = False
     learn_with: str = ""
     more_prompts: tuple[str, ...] = ()
+    noise_candidates: int = field(default=1, metadata=_OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
@@ -172,6 +179,9 @@ class MethodSettings:
             ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
+        ok = self.noise_candidates == 1 or (self.noise_candidates > 1 and self.loss is not None and not self.zero_shot)
+        expected = "at least 1, and 1 without a motion loss or with zero_shot"
+        _require(ok, "noise_candidates", self.noise_candidates, expected)
         if self.drafts is not None:
             ok = self.drafts == 1 or (self.drafts > 1 and self.learns_positions)
             _require(ok, "drafts", self.drafts, "at least 1, and 1 unless positions are learned")
@@ -222,6 +232,10 @@ class MethodSettings:
         """Guided steps of a run of `steps`, for resolved settings; SettingsError beyond the step count."""
         assert self.guided_steps is not None, "resolve() first"
         return _count("guided_steps", self.guided_steps, steps)
+
+    def count_trial_steps(self, steps: int) -> int:
+        """Guided steps by which noise candidates are compared, for resolved settings."""
+        return math.ceil(_TRIAL_SHARE * self.count_guided_steps(steps))
 
     def count_injected_steps(self, steps: int) -> int:
         """Steps of a run of `steps` that injection lasts, for resolved settings; SettingsError beyond the step count.
@@ -289,4 +303,7 @@ class ExecutionSettings:
 
 def settings_dict(settings: Any) -> dict[str, Any]:
     """Settings as a plain dict with lists for tuples: the same as their JSON."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    omitted = {
+        f.name for f in fields(settings) if f.metadata.get("omit_default") and getattr(settings, f.name) == f.default
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in omitted}

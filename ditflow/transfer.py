@@ -31,8 +31,9 @@ from ditflow.types import LearnedPosition, StepRecord, TokenGrid
 class Transferred:
     """A generated clip with all that is known of its making.
 
-    latents: behind the last step, fp32 [1, F, C, h, w]; losses: one list per guided step; bank: the learned
-    positions, when positions were optimised; video: uint8 [T, H, W, 3], when it was decoded.
+    latents: final latents, fp32 [1, F, C, h, w]; losses: one list per guided step; bank: the learned positions, when
+    positions were optimised; video: uint8 [T, H, W, 3], when it was decoded; noise_losses: motion loss of every initial
+    noise that was tried, when one was chosen.
     """
 
     latents: Tensor
@@ -40,6 +41,7 @@ class Transferred:
     motion_reference: MotionReference | None
     bank: MotionBank | None
     video: np.ndarray | None = None
+    noise_losses: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -73,6 +75,7 @@ def transfer_motion(
     method = method or MethodSettings()
     if isinstance(reference, MotionBank):
         method = reference.as_learned(method)
+        _check_one_noise(method, "reuses a bank")
     method = method.resolve(backbone.defaults)
     sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
     started = time.perf_counter()
@@ -82,16 +85,23 @@ def transfer_motion(
     if method.zero_shot and isinstance(reference, MotionReference):
         reference = _learned(backbone, reference, size, method, sampling, seed)
     learned = time.perf_counter()
-    draft = _draft_of(backbone, prompt, size, sampling, seed)
+    embeds = _embeds_of(backbone, prompt, sampling)
+    noise_losses, seconds_trying = [], 0.0
+    if method.noise_candidates > 1:
+        seed, noise_losses = _best_noise(backbone, embeds, size, reference, method, sampling, seed)
+        seconds_trying = time.perf_counter() - learned
+    draft = _draft_of(backbone, embeds, size, sampling, seed)
     result = generate_latents(backbone, [draft], reference=reference, method=method, sampling=sampling, on_step=on_step)
     sampled = time.perf_counter()
     video = backbone.decode_latents(result.latents, size[0])
     timings = {
         "extract": extracted - started,
         "learn": learned - extracted,
+        "guidance": result.seconds["guidance"] + seconds_trying,
         "decode": time.perf_counter() - sampled,
     }
-    return replace(result, video=video, bank=_signed(result.bank, prompt, size), seconds={**result.seconds, **timings})
+    bank = _signed(result.bank, prompt, size)
+    return replace(result, video=video, bank=bank, noise_losses=noise_losses, seconds={**result.seconds, **timings})
 
 
 def learn_bank(
@@ -116,10 +126,11 @@ def learn_bank(
             "a motion bank needs a motion loss, and optimize: position or coordinates, "
             f"not {method.name}, {method.optimize}"
         )
-    assert method.drafts is not None, "resolve() has filled it"
-    prompts = [prompt, *method.more_prompts]
+    _check_one_noise(method, "learns a bank")
+    assert method.drafts is not None and sampling.steps is not None, "resolve() has filled it"
+    embeds = [_embeds_of(backbone, text, sampling) for text in (prompt, *method.more_prompts)]
     drafts = [
-        _draft_of(backbone, prompts[number % len(prompts)], size, sampling, _seed_of_draft(seed, number))
+        _draft_of(backbone, embeds[number % len(embeds)], size, sampling, _seed_of_draft(seed, number))
         for number in range(method.drafts)
     ]
     result = generate_latents(
@@ -129,7 +140,7 @@ def learn_bank(
         method=method,
         sampling=sampling,
         on_step=on_step,
-        only_guided_steps=True,
+        last_step=method.count_guided_steps(sampling.steps),
     )
     return replace(result, bank=_signed(result.bank, prompt, size))
 
@@ -180,12 +191,12 @@ def generate_latents(
     sampling: SamplingSettings,
     source_embeds: Tensor | None = None,
     on_step: OnStep | None = None,
-    only_guided_steps: bool = False,
+    last_step: int | None = None,
 ) -> Transferred:
     """Sample drafts that follow a motion reference or a bank; the result's latents are the first one's.
 
     Settings are resolved. Several drafts share what is learned of positions. source_embeds: as in `transfer_latents`;
-    taken from the backbone if they are needed and left out.
+    taken from the backbone if they are needed and left out. last_step: stop after this many steps.
     """
     assert sampling.steps is not None, "resolve() first"
     if len(drafts[0].embeds) == 1 and sampling.guidance_scale != 1:
@@ -208,7 +219,6 @@ def generate_latents(
         if source_embeds is None and method.measured == "prediction" and bank is None:
             source_embeds = backbone.encode_prompt("")
         guidance = Guidance(backbone, method, guided_steps, injected_steps, positions, motion, bank, source_embeds)
-    last_step = guidance.guided_steps if guidance is not None and only_guided_steps else None
     denoised = denoise(backbone, drafts, sampling, guidance, last_step, on_step)
     learned = bank is None and method.learns_positions
     return Transferred(
@@ -220,15 +230,19 @@ def generate_latents(
     )
 
 
+def _embeds_of(backbone: Backbone, prompt: str, sampling: SamplingSettings) -> list[Tensor]:
+    """Text embeddings of the prompt and, for classifier-free guidance, of the negative prompt."""
+    texts = [prompt] if sampling.guidance_scale == 1 else [prompt, sampling.negative_prompt]
+    return [backbone.encode_prompt(text) for text in texts]
+
+
 def _draft_of(
-    backbone: Backbone, prompt: str, size: tuple[int, int, int], sampling: SamplingSettings, seed: int
+    backbone: Backbone, embeds: Sequence[Tensor], size: tuple[int, int, int], sampling: SamplingSettings, seed: int
 ) -> Draft:
-    """From words and a seed to tensors. Noise is drawn on the CPU, so that every device starts from the same."""
+    """Begin a generation. Noise is drawn on the CPU, so that every device starts from the same."""
     assert sampling.steps is not None, "resolve() first"
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(backbone.latent_shape(*size), generator=generator)
-    texts = [prompt] if sampling.guidance_scale == 1 else [prompt, sampling.negative_prompt]
-    embeds = [backbone.encode_prompt(text) for text in texts]
     return Draft.begin(noise.to(backbone.device), embeds, backbone.solver(sampling.steps), generator)
 
 
@@ -237,6 +251,37 @@ def _seed_of_draft(seed: int, number: int) -> int:
     if number == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}, draft {number}".encode()).digest()[:7], "big")
+
+
+def _best_noise(
+    backbone: Backbone,
+    embeds: Sequence[Tensor],
+    size: tuple[int, int, int],
+    reference: MotionReference | MotionBank | None,
+    method: MethodSettings,
+    sampling: SamplingSettings,
+    seed: int,
+) -> tuple[int, list[float]]:
+    """Try several noises by the first guided steps; return the seed with the smallest loss, and the losses."""
+    assert sampling.steps is not None, "resolve() first"
+    seeds = [_seed_of_draft(seed, number) for number in range(method.noise_candidates)]
+    losses = []
+    for candidate in seeds:
+        draft = _draft_of(backbone, embeds, size, sampling, candidate)
+        last_step = method.count_trial_steps(sampling.steps)
+        trial = generate_latents(
+            backbone, [draft], reference=reference, method=method, sampling=sampling, last_step=last_step
+        )
+        losses.append(trial.losses[-1][-1])
+    return seeds[losses.index(min(losses))], losses
+
+
+def _check_one_noise(method: MethodSettings, what: str) -> None:
+    if method.noise_candidates > 1:
+        raise ValueError(
+            f"noise_candidates: {method.noise_candidates} came with a run that {what}: expected 1. Candidates are "
+            "compared by the motion loss of the one video that is guided."
+        )
 
 
 def _learned(

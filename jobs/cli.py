@@ -144,6 +144,7 @@ def transfer(
     stride: StrideOption = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (default: the model's).")] = None,
     guided_steps: Annotated[int | None, typer.Option(help="Guided steps (default: the model's).")] = None,
+    noise_candidates: Annotated[int, typer.Option(help="Initial noises to choose from, by their motion loss.")] = 1,
     injection: Annotated[bool, typer.Option(help="Inject the reference's keys and values.")] = True,
     seed: int = 0,
     as_json: JsonFlag = False,
@@ -175,6 +176,7 @@ def transfer(
                 name=method,
                 optimize=optimize,  # type: ignore[arg-type]  # checked there
                 guided_steps=guided_steps,
+                noise_candidates=noise_candidates,
                 injection=injection,
             ),
             sampling=SamplingSettings(steps=steps),

@@ -513,6 +513,8 @@ def _check_kind(kind: str, method: MethodSettings) -> None:
         raise SettingsError(
             "", came, f"a method with a motion loss and optimize: position or coordinates for kind {kind}"
         )
+    if kind != "synthesize" and method.noise_candidates > 1:
+        raise SettingsError("noise_candidates", method.noise_candidates, f"1 for kind {kind}, which guides no video")
     if kind == "extract" and method.loss is None:
         raise SettingsError("name", method.name, "a method with a motion loss for kind extract")
 

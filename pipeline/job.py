@@ -306,7 +306,7 @@ class Job:
         }
 
     def _loss_revision(self) -> int:
-        """Version of the motion loss that guides; 1 where none is evaluated: what is extracted does not depend on it."""
+        """Version of the motion loss that guides; 1 where none is evaluated, and what is extracted does not change."""
         if self.method.loss is None or self.kind not in ("synthesize", "build-bank"):
             return 1
         return MOTION_LOSSES[self.method.loss].from_settings(self.method).revision

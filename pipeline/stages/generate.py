@@ -298,7 +298,8 @@ def _stored(stored: Stored) -> Columns:
 
 def _losses(result: Transferred) -> Columns:
     losses = [loss for step in result.losses for loss in step]
-    return {"losses": losses, "loss_first": losses[0], "loss_final": losses[-1]} if losses else {"losses": []}
+    found = {"losses": losses, "noise_losses": result.noise_losses}
+    return {**found, "loss_first": losses[0], "loss_final": losses[-1]} if losses else found
 
 
 def _timings(result: Transferred) -> Columns:

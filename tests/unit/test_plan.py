@@ -534,6 +534,7 @@ MATTERS = {
     "smooth": vary("method", smooth=0.1),
     "zero_shot": vary("method", zero_shot=True),
     "learn_with": vary("method", learn_with="a ball"),
+    "noise_candidates": vary("method", noise_candidates=2),
     "steps": vary("sampling", steps=49),
     "guidance_scale": vary("sampling", guidance_scale=6.0),
     "dynamic_guidance_scale": vary("sampling", dynamic_guidance_scale=True),
