@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -510,6 +511,12 @@ def print_numerics(numerics: Mapping[str, Any]) -> None:
     print("\nhard displacement: share of the entries that flip")
     for name, share in numerics["hard displacement entries that flip"].items():
         print(f"{name:76}{share:9.2%}")
+
+
+def commit() -> str:
+    """Commit that the benchmark runs on, with `-dirty` where files have been changed since."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "unknown"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""How well the embedded models see, draw and transfer motion: `python -m benchmarks.mini` (or `make bench-mini`).
+"""How well the embedded models see motion and keep a clip: `python -m benchmarks.mini` (or `make bench-mini`).
 
-The world's truth is known, so everything is measured: reconstruction by the autoencoder, the attention motion flow of
-every block against the true motion, what plain generations show against what their prompt asked for, and where the
-sprite goes under every system against where the reference's went. Clips are of the world's held-out split. Means come
-with 95 % bootstrap intervals over clips. Figures go to benchmarks/results/mini.json and mini.png.
+The world's truth is known, so both are measured: reconstruction by the autoencoder, and the attention motion flow of
+every block against the true motion. Clips are of the world's held-out split. Means come with 95 % bootstrap intervals
+over clips. Figures go to benchmarks/results/mini.json and mini.png. How well the models transfer motion is measured by
+the job `jobs/mini-table.yaml` (see `benchmarks.mini_table`).
 """
 
 from __future__ import annotations
@@ -30,26 +30,15 @@ from matplotlib.figure import Figure
 from benchmarks.bench import RESULTS, command, machine, write_json
 from ditflow import backbones, transfer_motion
 from ditflow.backbones.base import Backbone
-from ditflow.bank import MotionBank
 from ditflow.metrics.motion_fidelity import NoMotionError, motion_fidelity
 from ditflow.metrics.statistics import bootstrap_interval, paired_difference
 from ditflow.metrics.tracks import track
 from ditflow.mini.measure import Sighting, block_scores, flow_score, look_at, position_error, track_cosine
-from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, sample_scene, with_appearance_of
+from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, sample_scene
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred
 
 MODELS = ("mini-rotary", "mini-additive")
-METHODS = {
-    "none": MethodSettings(name="none"),
-    "injection": MethodSettings(name="injection"),
-    "latent": MethodSettings(name="ditflow", optimize="latent"),
-    "position": MethodSettings(name="ditflow", optimize="position"),
-}
-"""The systems by name; `zero-shot` follows from `position`: its bank with another prompt."""
-SYSTEMS = (*METHODS, "zero-shot")
-OTHER_LOOKS = 50_000
-"""Zero-shot reuse wears the looks of this many seeds further on."""
 TRACKER, LEAST_COMMON = "dis", 0.5
 """Of motion fidelity: dense flow keeps small sprites best, and points that move at most now and then do not count."""
 Scores = dict[str, float]
@@ -87,35 +76,17 @@ def flow_scores(model: str, seed: int) -> dict[str, Scores]:
     return {name: _by_shot(asdict(score), shot_of(clip.scene)) for name, score in scores.items()}
 
 
-def transfer_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Every system on a held-out pair: the reference's motion with a prompt of another colour, shape and background."""
-    backbone = load(model)
-    reference, target = sample_pair(seed, "eval", sprites=1)
-    clip = render(reference)
-    scores, bank = {}, None
-    for name, method in METHODS.items():
-        made = make(backbone, clip, target, method, seed)
-        scores[name] = score_generation(made, clip, target)
-        bank = made.bank or bank
-    other = with_appearance_of(reference, sample_pair(seed + OTHER_LOOKS, "eval", sprites=1)[1])
-    reused = make(backbone, clip, other, METHODS["position"], seed, bank)
-    return {**scores, "zero-shot": score_generation(reused, clip, other)}
-
-
 def make(
     backbone: Backbone,
     reference: WorldClip,
     target: Scene,
     method: MethodSettings,
     seed: int,
-    bank: MotionBank | None = None,
     sampling: SamplingSettings | None = None,
 ) -> Transferred:
-    """Generate the target's looks with the reference's motion, or with a bank's."""
-    source = reference.frames if bank is None else bank
-    size = reference.frames.shape[:3]
+    """Generate the target's looks with the reference's motion."""
     return transfer_motion(
-        backbone, prompt_of(target), reference=source, size=size, method=method, sampling=sampling, seed=seed
+        backbone, prompt_of(target), reference=reference.frames, method=method, sampling=sampling, seed=seed
     )
 
 
@@ -228,14 +199,6 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def gain_over_plain(systems: Mapping[str, Any]) -> dict[str, Any]:
-    """Return paired differences of track cosines to plain generation."""
-    cosines = {name: figures["track_cosine"]["values"] for name, figures in systems.items()}
-    return {
-        name: _rounded(paired_difference(values, cosines["none"])) for name, values in cosines.items() if name != "none"
-    }
-
-
 def gain_on_pans(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return for every block by how much less than no motion it errs on the ground of panning clips, in patches."""
     errors = {name: figures["ground_error (pan)"]["values"] for name, figures in rows.items()}
@@ -254,7 +217,7 @@ def guided_clip_seconds(model: str, rounds: int = 5) -> dict[str, Any]:
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        make(backbone, render(reference), target, METHODS["latent"], seed=0)
+        make(backbone, render(reference), target, MethodSettings(), seed=0)
         seconds.append(round(time.perf_counter() - started, 2))
     return {"threads": torch.get_num_threads(), "median": sorted(seconds[1:])[rounds // 2], "values": seconds[1:]}
 
@@ -270,12 +233,6 @@ def print_table(model: str, parts: Mapping[str, Any]) -> None:
     print_rows(parts["flow"]["rows"], flow)
     for name, gain in parts["flow"]["gain on pans"].items():
         print(f"{name}: nearer to the ground's motion under a pan than no motion by {_told(gain)} patches")
-    print_rows(
-        parts["transfer"]["rows"],
-        ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background"),
-    )
-    for name, gain in parts["transfer"]["gain over plain"].items():
-        print(f"{name}: track cosine above plain generation by {_told(gain)}")
     print(f"a guided clip takes {parts[SECONDS]['median']} s")
 
 
@@ -290,31 +247,15 @@ def _told(figure: Mapping[str, float] | None) -> str:
     return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" if figure else "-"
 
 
-def draw_chart(models: Mapping[str, Any], path: Path) -> None:
-    """Draw flow errors by block and the systems' tracks, motion fidelity and adherence, for both models."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-    titles = {
-        "track_cosine": "track cosine with the reference",
-        "motion_fidelity": "motion fidelity",
-    }
+def draw_chart(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw the motion flow's errors by block, for every model."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
     for number, (model, parts) in enumerate(models.items()):
-        offset = (number - (len(models) - 1) / 2) * 0.3
         blocks = {name: row["sprite_error"] for name, row in parts["flow"]["rows"].items()}
-        _draw_points(axes[0], blocks, offset, model)
-        for panel, name in zip(axes[1:], titles, strict=False):
-            _draw_points(panel, {system: parts["transfer"]["rows"][system][name] for system in SYSTEMS}, offset, model)
-        words = {
-            f"{word}, {system}": parts["transfer"]["rows"][system][word]
-            for word in ("colour", "shape", "background")
-            for system in ("none", "latent")
-        }
-        _draw_points(axes[3], words, offset, model)
-    axes[0].set_title("flow error on sprites, in patches (less is better)", fontsize=10)
-    for panel, title in zip(axes[1:], (*titles.values(), "shows what was asked for"), strict=True):
-        panel.set_title(title, fontsize=10)
-    axes[1].axvline(0, color="0.6", linewidth=0.8)
-    axes[1].legend(fontsize=8)
+        _draw_points(axes, blocks, (number - (len(models) - 1) / 2) * 0.3, model)
+    axes.set_title("flow error on sprites, in patches (less is better)", fontsize=10)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -332,7 +273,7 @@ def _draw_points(axes: Axes, figures: Mapping[str, Mapping[str, float]], offset:
 # ---- the command
 
 
-SCORES = {"reconstruction": reconstruction_scores, "flow": flow_scores, "transfer": transfer_scores}
+SCORES = {"reconstruction": reconstruction_scores, "flow": flow_scores}
 SECONDS = "guided clip seconds"
 PARTS = (*SCORES, SECONDS)
 
@@ -352,7 +293,7 @@ def main() -> None:
 
 
 def measure(model: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Return what a model sees, draws and transfers, each part with the command that measured it."""
+    """Return how well a model sees and reconstructs, each part with the command that measured it."""
     parts: dict[str, Any] = {}
     about = {"command": command(), "machine": machine(), "clips": asked.clips}
     with start_workers(asked.workers) as pool:
@@ -362,8 +303,6 @@ def measure(model: str, asked: argparse.Namespace) -> dict[str, Any]:
                 parts[name] = {**about, "measured": _now(), "rows": bench.measure(score, model)}
     if "flow" in parts:
         parts["flow"]["gain on pans"] = gain_on_pans(parts["flow"]["rows"])
-    if "transfer" in parts:
-        parts["transfer"]["gain over plain"] = gain_over_plain(parts["transfer"]["rows"])
     if SECONDS in asked.parts:
         parts[SECONDS] = {**about, "measured": _now(), **guided_clip_seconds(model)}
     return parts
@@ -375,7 +314,7 @@ def _now() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mini", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clips", type=int, default=64, help="held-out clips, and pairs of them")
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="embedded models or model folders")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)"

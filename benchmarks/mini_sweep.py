@@ -1,12 +1,11 @@
 """The guidance settings of the embedded models: `python -m benchmarks.mini_sweep`.
 
-Part `defaults` looks for a model's defaults. One setting after the other is varied, the best value is kept, and the
-next one is varied from there: the scale of classifier-free guidance of plain generations, then block, temperature,
-learning rate, guided steps of latent guidance, then the learning rate of position guidance. The values that win belong
-in `ditflow/mini/train.py` and in the models' folders.
+Part `defaults` looks for the model's defaults of `ditflow`. Part `scale` varies the scale of classifier-free guidance
+of plain generations. The values that win belong in `ditflow/mini/train.py` and in the models' folders.
 
-Part `losses` gives every motion loss the same chances for the comparison in `jobs/mini-table.yaml`: from the model's
-defaults, first the block is varied, then the learning rate.
+Part `losses` gives every other motion loss the same chances for the comparison in `jobs/mini-table.yaml`. In both
+parts one setting after the other is varied, from the best of the one before: first the block, then the learning rate,
+and for `ditflow` also that of position guidance.
 
 The best scale is that whose generations show best what was asked for; else the best is the highest mean track cosine
 among the values that keep this, less 5 points. Pairs are held-out ones that `benchmarks.mini` does not use. Figures go
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, make, score_generation, start_workers, summary
 from ditflow.mini.world import render, sample_pair
 from ditflow.settings import MethodSettings, SamplingSettings
@@ -37,15 +36,10 @@ LARGEST_LOSS_OF_WORDS = 0.05
 PLAIN = MethodSettings(name="none")
 START = MethodSettings(blocks=(3,), temperature=2.0, learning_rate=(0.02, 0.01), guided_steps=10)
 GUIDANCE_SCALES = (5.0, 7.0, 9.0, 12.0)
-VARIED: dict[str, Sequence[Any]] = {
-    "blocks": [(2,), (3,), (4,), (5,), (3, 4)],
-    "temperature": [1.0, 2.0, 4.0],
-    "learning_rate": [(0.01, 0.005), (0.02, 0.01), (0.04, 0.02), (0.08, 0.04)],
-    "guided_steps": [5, 10, 15, 20],
-}
+BLOCKS = [(2,), (3,), (4,), (5,), (3, 4)]
+LATENT_RATES = [(0.01, 0.005), (0.02, 0.01), (0.04, 0.02), (0.08, 0.04), (0.16, 0.08)]
 POSITION_RATES = [(0.002, 0.001), (0.01, 0.005), (0.04, 0.02), (0.1, 0.05)]
-LOSSES = ("ditflow", "motionclone", "moft", "smm")
-LOSS_RATES = [(0.01, 0.005), (0.02, 0.01), (0.04, 0.02), (0.08, 0.04), (0.16, 0.08)]
+LOSSES = ("motionclone", "moft", "smm")
 
 
 def settings_scores(model: str, method: MethodSettings, sampling: SamplingSettings, seed: int) -> dict[str, Scores]:
@@ -103,33 +97,34 @@ class Sweep:
         return scores
 
 
+def sweep_scale(trials: Sweep) -> dict[str, Any]:
+    """Return the best guidance scale."""
+    return {"guidance_scale": trials.choose_guidance_scale(GUIDANCE_SCALES)}
+
+
 def sweep_defaults(trials: Sweep) -> dict[str, Any]:
-    """Return the best guidance scale, and the best settings of latent and of position guidance."""
-    scale = trials.choose_guidance_scale(GUIDANCE_SCALES)
-    latent = START
-    for name, values in VARIED.items():
-        latent = trials.vary(latent, name, values)
+    """Return the best settings of latent and of position guidance."""
+    trials.choose_guidance_scale([load(trials.model).defaults.guidance_scale])
+    latent = trials.vary(trials.vary(START, "blocks", BLOCKS), "learning_rate", LATENT_RATES)
     position = trials.vary(replace(latent, optimize="position"), "learning_rate", POSITION_RATES)
-    return {"guidance_scale": scale, "latent": _settings(latent), "position": _settings(position)}
+    return {"latent": _settings(latent), "position": _settings(position)}
 
 
 def sweep_losses(trials: Sweep) -> dict[str, Any]:
-    """Return the best settings of every loss."""
+    """Return the best settings of every loss but `ditflow`."""
     trials.choose_guidance_scale([load(trials.model).defaults.guidance_scale])
     best = {}
     for loss in LOSSES:
         method = MethodSettings(name=loss).resolve(load(trials.model).defaults)
-        for name, values in {"blocks": VARIED["blocks"], "learning_rate": LOSS_RATES}.items():
-            method = trials.vary(method, name, values)
-        best[loss] = _settings(method)
+        best[loss] = _settings(trials.vary(trials.vary(method, "blocks", BLOCKS), "learning_rate", LATENT_RATES))
     return best
 
 
 def _settings(method: MethodSettings) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in VARIED}
+    return {"blocks": method.blocks, "learning_rate": method.learning_rate}
 
 
-PARTS = {"defaults": sweep_defaults, "losses": sweep_losses}
+PARTS = {"scale": sweep_scale, "defaults": sweep_defaults, "losses": sweep_losses}
 
 
 def words_kept(scores: dict[str, Any]) -> float:
@@ -144,7 +139,11 @@ def main() -> None:
         for model, part in itertools.product(asked.models, asked.parts):
             trials = Sweep(model, Bench(asked.clips, pool))
             best = PARTS[part](trials)
-            about = {"command": command(), "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+            about = {
+                "command": command(),
+                "commit": commit(),
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
             swept = {**about, "machine": machine(), "clips": asked.clips, "trials": trials.trials, "best": best}
             models = json.loads(asked.out.read_text())["models"] if asked.out.is_file() else {}
             models[model] = {**models.get(model, {}), part: swept}
