@@ -49,6 +49,7 @@ REFUSED = [
     (MethodSettings, "learning_rate", (0.002,), "two positive rates"),
     (MethodSettings, "learning_rate", (0.003, 0.002, 0.001), "two positive rates"),
     (MethodSettings, "learning_rate", (0.002, 0.0), "two positive rates"),
+    (MethodSettings, "noise_candidates", 0, "at least 1"),
     (SamplingSettings, "steps", 0, "between 1 and 1000"),
     (SamplingSettings, "steps", 1001, "between 1 and 1000"),
     (SamplingSettings, "guidance_scale", 0.5, "at least 1 (1: off)"),
@@ -252,3 +253,20 @@ def test_a_settings_dict_is_its_own_json():
     values = settings_dict(PAPER)
     assert json.loads(json.dumps(values)) == values
     assert values["learning_rate"] == [0.002, 0.001]
+
+
+def test_a_settings_dict_leaves_out_the_default_of_what_was_added_later():
+    """So that rows of a job that does not use it keep their ids."""
+    assert "noise_candidates" not in settings_dict(PAPER)
+    assert settings_dict(replace(PAPER, noise_candidates=4)) == {**settings_dict(PAPER), "noise_candidates": 4}
+
+
+@pytest.mark.parametrize("options", [{"name": "injection"}, {"optimize": "position", "zero_shot": True}])
+def test_noises_are_compared_by_the_loss_of_the_video_that_is_guided(options):
+    with pytest.raises(SettingsError, match="1 without a motion loss or with zero_shot"):
+        MethodSettings(noise_candidates=2, **options)
+
+
+@pytest.mark.parametrize(("guided", "trial"), [(1, 1), (3, 2), (10, 4), (0.2, 4)])
+def test_noises_are_tried_over_two_fifths_of_the_guided_steps(guided, trial):
+    assert replace(PAPER, guided_steps=guided).count_trial_steps(50) == trial

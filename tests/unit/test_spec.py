@@ -237,6 +237,11 @@ def test_a_mistake_is_one_line_that_names_file_line_and_key_and_what_is_valid(
     assert valid in said[0]
 
 
+def test_noises_are_compared_in_jobs_that_guide_videos_alone(mistakes):
+    (said,) = mistakes(("kind: synthesize", "kind: extract"), ("blocks: auto", "noise_candidates: 2"))
+    assert "method.noise_candidates: 2 is not valid: expected 1 for kind extract" in said
+
+
 def _with_its_key(text: str, key: str) -> str:
     """The text of the spec that holds the key's line: the key of a section stands before the section's text."""
     return f"\n{key}:".lstrip() if key == "method" else text

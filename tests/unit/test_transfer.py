@@ -15,7 +15,7 @@ from ditflow.denoise import guidance_scale
 from ditflow.losses import MOTION_LOSSES
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
-from ditflow.transfer import Transferred, learn_bank, transfer_latents, transfer_motion
+from ditflow.transfer import Transferred, _seed_of_draft, learn_bank, transfer_latents, transfer_motion
 
 PROMPT = "a red ball"
 CLIP = (FRAMES, SIZE, SIZE)
@@ -52,6 +52,41 @@ def test_zero_shot_is_learning_a_bank_with_one_prompt_and_reusing_it_with_anothe
     assert torch.equal(zero_shot.latents, generate(backbone, bank, method).latents)
     assert zero_shot.losses == []
     assert not torch.equal(zero_shot.latents, generate(backbone, moving_video, method).latents)
+
+
+# ---------------------------------------------------------------------- noise candidates
+
+
+@pytest.mark.parametrize("optimize", ["latent", "position"])
+def test_the_noise_with_the_smallest_loss_after_two_fifths_of_the_guided_steps_is_used(
+    backbone, moving_video, optimize
+):
+    method = replace(METHOD, optimize=optimize, guided_steps=3)
+    sampling = replace(SAMPLING, steps=4)
+    result = generate(backbone, moving_video, replace(method, noise_candidates=3), sampling=sampling)
+    seeds = [_seed_of_draft(1, number) for number in range(3)]
+    assert seeds[0] == 1, "the first candidate is the seed's own noise"
+    each = [generate(backbone, moving_video, method, sampling=sampling, seed=seed) for seed in seeds]
+    assert result.noise_losses == [one.losses[1][-1] for one in each]
+    assert len(set(result.noise_losses)) == 3
+    best = each[int(np.argmin(result.noise_losses))]
+    assert result.video.tobytes() == best.video.tobytes()
+    assert result.losses == best.losses
+
+
+def test_without_candidates_no_losses_of_noises_are_recorded(backbone, moving_video):
+    assert generate(backbone, moving_video).noise_losses == []
+
+
+def test_candidates_are_refused_where_a_bank_is_learned_or_reused(backbone, moving_video):
+    method = replace(METHOD, optimize="position")
+    several = replace(method, noise_candidates=2)
+    bank = generate(backbone, moving_video, method).bank
+    with pytest.raises(ValueError, match=r"^noise_candidates: 2 .*reuses a bank: expected 1"):
+        generate(backbone, bank, several)
+    with pytest.raises(ValueError, match=r"^noise_candidates: 2 .*learns a bank: expected 1"):
+        motion = extract_motion(backbone, moving_video, method)
+        learn_bank(backbone, PROMPT, reference=motion, size=CLIP, method=several, sampling=SAMPLING)
 
 
 # ---------------------------------------------------------------------- seeds
