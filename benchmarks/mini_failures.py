@@ -41,6 +41,7 @@ OCCLUSIONS = "four times the weight around occlusions"
 WAYS = {
     ONE_NOISE: MethodSettings(),
     "measured in the predicted video": MethodSettings(measured="prediction"),
+    "block 3 alone": MethodSettings(blocks=(3,)),
     "temperature 1": MethodSettings(temperature=1.0),
     "15 iterations": MethodSettings(iterations=15),
     OCCLUSIONS: MethodSettings(),
