@@ -230,7 +230,7 @@ class Job:
     `optimize: coordinates`, `preset: lasting`. methods: several methods to compare, by names of your own: every row is
     made with each of them. They take from `method` what they leave out. tags: words of your own for the banks of a
     `build-bank` job; they decide no row's id.
-    log: json, text or off (which YAML reads as false), with a level if it is not info: json:debug; see `pipeline.logs`.
+    log: json, text or off, with a level if it is not info: json:debug; see `pipeline.logs`.
     """
 
     kind: Literal["extract", "synthesize", "build-bank", "reuse", "evaluate"]
