@@ -124,7 +124,7 @@ class Banks:
 
 @dataclass(frozen=True)
 class Table:
-    """A Parquet, CSV or JSON-lines file.
+    """A Parquet, CSV or JSON-lines file; CSV by whichever of , ; | and tab gives the columns that it must have.
 
     As prompts, `column` holds them; a column `category` may tell their classes. As pairing, see `pipeline.tables.Pair`.
     """
