@@ -56,9 +56,11 @@ def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
         expected,
         lambda value: (
             value is None
-            or ((isinstance(value, int | float) and not isinstance(value, bool))
-            and value % 1 == 0
-            and least <= value <= _MOST)
+            or (
+                (isinstance(value, int | float) and not isinstance(value, bool))
+                and value % 1 == 0
+                and least <= value <= _MOST
+            )
         ),
     )
 

@@ -596,6 +596,7 @@ MATTERS = {
     "start": vary("references", start=1),
     "stride": vary("references", stride=2),
     "fit": vary("references", fit="stretch"),
+    "deinterlace": vary("references", deinterlace="off"),
     "fps": vary("output", fps=12.0),
     "dtype": vary("model", dtype="bfloat16"),
     "kind": lambda job: replace(job, kind="build-bank"),
@@ -764,6 +765,7 @@ EXTRACTION = (
     "start",
     "stride",
     "fit",
+    "deinterlace",
 )
 
 
