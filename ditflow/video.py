@@ -53,10 +53,11 @@ Deinterlacing = Literal["bwdif", "off"]
 _BROADCAST = {"mpegts", "mpeg"}
 """Formats that are cut and joined anywhere; what is a keyframe is found by looking into the pictures."""
 _JOINT_S = 1.0
-"""A transport stream has a time stamp every 0.7 seconds: a longer gap, or a step back, is where two were joined."""
+"""A transport stream has a time stamp every 0.7 seconds: a longer gap is where two were joined.
+So is a step back by half of this: by less, segments of one recording overlap."""
 _NEAR_JOINT = 3
 """Packets between one that the joint cut off and the joint: parsers are late by a picture or two."""
-_PAUSE = 5
+_PAUSE = 2.5
 """How many times longer than usual a frame is shown where a video stands still."""
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,dv,gif,apng,yuv4mpegpipe,h264,hevc,m4v,mjpeg,ivf,obu,"
@@ -303,21 +304,24 @@ class _Video:
                         yield frame
                 self._stream.codec_context.flush_buffers()
                 recording = _Recording(joined=True)
-            if packet.dts is None:  # the end, or a packet without times
+            if packet.size == 0:  # the end
                 yield from self._decode_packet(packet)
                 continue
             recording.add(packet)
+            if any(self._is_joint(recording, one) for one in following):
+                self._skipped["at a joint of two recordings"] += 1  # what is cut off may decode to anything
+                continue
             if recording.waits and self._container.format.name in _BROADCAST:
                 continue
-            cut_off = any(self._is_joint(recording, one) for one in following) or (
-                packet.is_corrupt and any(one.is_keyframe for one in following)
-            )
+            cut_off = packet.is_corrupt and any(one.is_keyframe for one in following)
             try:
                 frames = self._decode_packet(packet, cut_off)
             except (CorruptVideoError, av.FFmpegError):
-                if not (cut_off or recording.may_fail(packet)):
+                broken = self._container.format.name in _BROADCAST and not recording.settled
+                if not (cut_off or broken or recording.may_fail(packet)):
                     raise
                 self._skipped["at a joint of two recordings"] += cut_off
+                recording.waits |= packet.is_keyframe and not recording.settled
                 continue
             if frames and not recording.settled:
                 where = "at a joint of two recordings" if recording.joined else "before the first that can be decoded"
@@ -327,7 +331,7 @@ class _Video:
     def _is_joint(self, recording: _Recording, packet: Any) -> bool:
         if self._container.format.name not in _BROADCAST or packet.dts is None or recording.last is None:
             return False
-        return not 0 <= (packet.dts - recording.last) * packet.time_base <= _JOINT_S
+        return not -_JOINT_S / 2 <= (packet.dts - recording.last) * packet.time_base <= _JOINT_S
 
     def _progressive(self, frames: Iterable[Any], deinterlace: Deinterlacing) -> Iterator[Any]:
         """Frames as they are up to the first interlaced one, then through a filter that alters only such frames."""
@@ -414,24 +418,25 @@ class _Recording:
         self.waits = True
         """Whether no keyframe has come yet."""
         self.last: int | None = None
+        self._begins = True
         self._cut = False
-        self._keyframe = 0
+        self._keyframe: int | None = None
         self._times: list[int] = []
 
     def add(self, packet: Any) -> None:
-        """Take notice of the next packet, one that has a time."""
-        if self.last is None:
-            self._cut = not packet.is_keyframe
-        self.last = packet.dts
+        """Take notice of the next packet."""
+        if self._begins:
+            self._begins, self._cut = False, not packet.is_keyframe
+        self.last = self.last if packet.dts is None else packet.dts
         if self.waits and packet.is_keyframe:
-            self.waits, self._keyframe = False, packet.dts if packet.pts is None else packet.pts
+            self.waits, self._keyframe = False, packet.pts
         if not self.settled and not packet.is_discard and packet.pts is not None:
             self._times.append(packet.pts)
 
     def may_fail(self, packet: Any) -> bool:
         """Whether a packet may need pictures from before the recording: it is shown before the first keyframe is."""
-        leading = packet.pts is not None and packet.pts < self._keyframe
-        return (self._cut and not self.settled) or (leading and not self.waits)
+        leading = None not in (packet.pts, self._keyframe) and packet.pts < self._keyframe
+        return leading or (self._cut and not self.settled)
 
     def settle(self, first: int | None) -> int:
         """Return how many frames should have been shown before the first one that was decoded."""

@@ -40,7 +40,7 @@ def test_a_browser_s_recording_without_a_rate_has_that_of_its_frames(tmp_path):
     assert clip.fps == pytest.approx(12 / 0.466, rel=1e-4)
     (note,) = clip.notes
     assert note.startswith("variable frame rate: 25.7511 frames per second, ")
-    assert "0.031 to 0.067 s apart; the file states 1000 frames per second" in note
+    assert "0.031 to 0.067 s apart; the file states " in note
 
 
 @pytest.mark.parametrize(("start", "notes"), [(0, 2), (1, 1)])
