@@ -315,7 +315,9 @@ class _Video:
                 continue
             cut_off = packet.is_corrupt and any(one.is_keyframe for one in following)
             try:
-                frames = self._decode_packet(packet, cut_off)
+                if packet.is_corrupt and not cut_off:
+                    self._raise_damaged("a packet is incomplete")
+                frames = self._decode_packet(packet)
             except (CorruptVideoError, av.FFmpegError):
                 broken = self._container.format.name in _BROADCAST and not recording.settled
                 if not (cut_off or broken or recording.may_fail(packet)):
@@ -361,9 +363,7 @@ class _Video:
         graph.link_nodes(source, deinterlacer, graph.add("buffersink")).configure()
         return graph
 
-    def _decode_packet(self, packet: Any, cut_off: bool = False) -> list[Any]:
-        if packet.is_corrupt and not cut_off:
-            self._raise_damaged("a packet is incomplete")
+    def _decode_packet(self, packet: Any) -> list[Any]:
         frames = packet.decode()
         for frame in frames:
             self._check_size(frame)
