@@ -39,6 +39,7 @@ from ditflow.bank import BankHeader, MotionBank
 from ditflow.types import TokenGrid
 from ditflow.video import VideoError, read_video
 from jobs.spec import PRESETS, SpecError, load_spec
+from jobs.yaml12 import Dumper, Loader
 from pipeline.job import References
 from pipeline.stages.read import bounded_memory
 
@@ -189,13 +190,14 @@ def spec_seeds() -> list[bytes]:
 
 def spec_structure(data: bytes, rng: random.Random) -> bytes:
     try:
-        values = yaml.load(data, Loader=yaml.CSafeLoader)
+        values = yaml.load(data, Loader)
     except Exception:
         return flip_bits(data, rng)
     for _ in range(rng.choice((1, 1, 2, 5))):
         values = mutated_value(values, rng)
     try:
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=rng.random() < 0.5).encode(errors="replace")
+        text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=rng.random() < 0.5)
+        return text.encode(errors="replace")
     except (yaml.YAMLError, RecursionError):
         return data
 

@@ -292,6 +292,7 @@ def _is_provenance(value: Any) -> bool:
         "reference_uri": _is_text,
         "reference_sha256": _is_text,
         "reference_video": _is_used_video,
+        "reference_notes": lambda notes: isinstance(notes, list) and all(isinstance(note, str) for note in notes),
         "seed": lambda seed: _is_number(seed) and isinstance(seed, int) and -(2**63) <= seed < 2**63,
     }
     size = value.get("size", [1, 1, 1])
@@ -303,10 +304,11 @@ def _is_used_video(value: Any) -> bool:
     counts = {"frames", "height", "width", "stride"}
     return (
         isinstance(value, dict)
-        and value.keys() == counts | {"start", "fit"}
+        and value.keys() - {"deinterlace"} == counts | {"start", "fit"}
         and all(_is_count(value[key]) for key in counts)
         and (value["start"] == 0 or _is_count(value["start"]))
         and value["fit"] in ("crop", "stretch")
+        and value.get("deinterlace", "off") == "off"
     )
 
 

@@ -29,6 +29,7 @@ class MotionReference:
         [F, F, P, 2] in patches). Empty when only injection is wanted.
     latents: the scaled mean latents [1, F, C, h, w], when keys and values will be injected.
     fps: the reference video's frames per second, if known.
+    notes: how the reference video was read, where that is not as usual; see `ditflow.video.Clip`.
     """
 
     grid: TokenGrid
@@ -37,6 +38,7 @@ class MotionReference:
     payloads: Mapping[int, Payload]
     latents: Tensor | None
     fps: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def displacement(self) -> Int[Tensor, "frames frames patches 2"]:
@@ -59,6 +61,7 @@ class MotionReference:
             "loss": self.loss,
             "blocks": list(self.payloads),
             "fps": self.fps,
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
         tensors = {f"block.{b}.{part}": t for b, payload in self.payloads.items() for part, t in payload.items()}
         if self.latents is not None:
@@ -75,7 +78,8 @@ class MotionReference:
                 _, block, part = key.split(".", 2)
                 payloads[int(block)][part] = tensor
         grid = TokenGrid(*header["grid"])
-        return cls(grid, header["model_revision"], header["loss"], payloads, tensors.get("latents"), header["fps"])
+        latents, notes = tensors.get("latents"), tuple(header.get("notes", ()))
+        return cls(grid, header["model_revision"], header["loss"], payloads, latents, header["fps"], notes)
 
     def check_fits(self, backbone: Backbone, grid: TokenGrid, method: MethodSettings) -> None:
         """Raise ArtifactError unless this reference serves this model, grid and method."""

@@ -12,7 +12,8 @@ import os
 import secrets
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,6 +24,7 @@ from typing import Any, Literal, NoReturn
 import av
 import cv2
 import numpy as np
+from av.filter import Graph
 from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
@@ -43,7 +45,20 @@ _SCALER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.A
 """swscale's careful way between YUV and RGB. Its default repeats chroma samples, which costs 15 dB in smooth colours,
 and may round otherwise on another processor."""
 _BT709 = 1
+_UNSPECIFIED = 2
 _LIMITED_RANGE = 1
+_HDR = {16: "PQ", 18: "HLG"}
+"""Transfer characteristics of high dynamic range."""
+Deinterlacing = Literal["bwdif", "off"]
+_BROADCAST = {"mpegts", "mpeg"}
+"""Formats that are cut and joined anywhere; what is a keyframe is found by looking into the pictures."""
+_JOINT_S = 1.0
+"""A transport stream has a time stamp every 0.7 seconds: a longer gap is where two were joined.
+So is a step back by half of this: by less, segments of one recording overlap."""
+_NEAR_JOINT = 3
+"""Packets between one that the joint cut off and the joint: parsers are late by a picture or two."""
+_PAUSE = 2.5
+"""How many times longer than usual a frame is shown where a video stands still."""
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,dv,gif,apng,yuv4mpegpipe,h264,hevc,m4v,mjpeg,ivf,obu,"
     "wav,mp3,flac,aac"
@@ -54,6 +69,7 @@ _NO_PROTOCOL = "none"
 _MOST_STREAMS = 100
 """Each stream of a file costs a decoder and its buffers while the file is opened."""
 _MOST_BOXES = 1000
+_STILL_BRANDS = {b"heic", b"heix", b"mif1", b"avif"}
 _RATES = (1e-3, 1e4)
 """Frames per second that a video can have: from one in a quarter of an hour to a high-speed camera's."""
 
@@ -80,10 +96,14 @@ class OversizedVideoError(VideoError):
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 [T, H, W, 3] RGB, and how many of them are shown per second."""
+    """Frames uint8 [T, H, W, 3] RGB, and how many of them are shown per second.
+
+    notes: what a reader of the video should know of how it was read, such as that it was deinterlaced.
+    """
 
     frames: UInt8[np.ndarray, "frames height width 3"]
     fps: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,21 +125,29 @@ def read_video(
     start: int = 0,
     stride: int = 1,
     fit: Literal["crop", "stretch"] = "crop",
+    deinterlace: Deinterlacing = "bwdif",
     max_pixels_per_frame: int = MAX_PIXELS_PER_FRAME,
     name: str | None = None,
 ) -> Clip:
     """Return frames start, start + stride, ... of a video, `frames` many, as uint8 [frames, height, width, 3] RGB.
 
-    Frames are counted as they are shown; their times play no part, so a variable frame rate is no trouble. The
-    clip's fps is the source's mean rate divided by `stride`. Each picture is turned upright (rotation and mirroring
-    of the display matrix) and then fitted: `crop` keeps the largest centred part that has the asked shape, pixel
-    aspect ratio included, so directions of motion stay true; `stretch` squeezes the whole picture in. Alpha is
-    dropped; HDR is not tone-mapped. Damage is an error where the decoder notices it: headers, missing data, broken
-    syntax. Changed bytes inside a picture can decode to plausible wrong pixels, since most codecs carry no checksum.
+    Frames are counted as they are shown; their times choose none. The clip's fps is the rate that the source states,
+    divided by `stride`, where the used frames are shown at that rate; else it is the mean of their own times, without
+    pauses. Frames before the first one that can be decoded are skipped, in a stream that starts or was joined inside a
+    group of pictures. Interlaced frames are deinterlaced, one frame of each, unless `deinterlace` is off. Colours are
+    read as the file says; where it says nothing, high definition is BT.709, and the rest BT.601. What of this was done
+    is in the clip's notes.
+
+    Each picture is turned upright (rotation and mirroring of the display matrix) and then fitted: `crop` keeps the
+    largest centred part that has the asked shape, pixel aspect ratio included, so directions of motion stay true;
+    `stretch` squeezes the whole picture in. Alpha is dropped; HDR is not tone-mapped. Damage is an error where the
+    decoder notices it: headers, missing data, broken syntax. Changed bytes inside a picture can decode to plausible
+    wrong pixels, since most codecs carry no checksum.
 
     `source` is a local path (never a URL), or the file's bytes, which errors then call `name`. Only one unscaled
-    picture is held at a time, and decoding stops with the last wanted frame: a video of a million frames costs no more
-    than a short one. The memory that its index may take is for the caller to bound: `pipeline.stages.read` does.
+    picture is held at a time (of interlaced videos a few), and decoding stops with the last wanted frame: a video of a
+    million frames costs no more than a short one. The memory that its index may take is for the caller to bound:
+    `pipeline.stages.read` does.
 
     Raises UndecodableVideoError (no video in it), CorruptVideoError (damaged before the last wanted frame),
     TooShortVideoError, OversizedVideoError (above `max_pixels_per_frame`, or more than the memory that this process
@@ -127,22 +155,26 @@ def read_video(
     """
     _check_request(frames, height, width, start, stride, fit)
     with _opened(source, max_pixels_per_frame, name) as video:
-        wanted = islice(video.decode(), start, start + (frames - 1) * stride + 1, stride)
-        pictures = [_fitted(video, frame, height, width, fit) for frame in wanted]
+        wanted = islice(video.decode(deinterlace), start, start + (frames - 1) * stride + 1, stride)
+        pictures, times = [], []
+        for frame in wanted:
+            pictures.append(_fitted(video, frame, height, width, fit))
+            times.append(frame.time)
         if len(pictures) < frames:
             _raise_too_short(video, frames, start, stride)
-        return Clip(np.stack(pictures), video.fps / stride)
+        fps = video.rate(times, stride)
+        return Clip(np.stack(pictures), fps, video.notes)
 
 
 def probe_video(source: str | Path | bytes, *, max_pixels_per_frame: int = MAX_PIXELS_PER_FRAME) -> VideoInfo:
     """Decode a whole video and return what was found; same errors as `read_video`. Checks finished outputs."""
     with _opened(source, max_pixels_per_frame) as video:
-        decoded = video.decode()
+        decoded = video.decode("off")
         first = next(decoded)
         swap, _, _ = _orientation(video.name, first)
-        count = 1 + sum(1 for _ in decoded)
+        times = [first.time, *(frame.time for frame in decoded)]
         height, width = (first.width, first.height) if swap else (first.height, first.width)
-        return VideoInfo(count, height, width, video.fps)
+        return VideoInfo(len(times), height, width, video.rate(times, 1))
 
 
 def encode_video(frames: np.ndarray, fps: float | int, *, crf: int = CRF) -> bytes:
@@ -182,11 +214,13 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float | int, *, crf: 
 
 
 class _Video:
-    """One opened video stream: gives its frames in the order they are shown, and counts them."""
+    """One opened video stream: gives its frames in the order they are shown, counts them, notes how they were read."""
 
     def __init__(self, name: str, container: Any, max_pixels: int):
         self.name = name
         self.decoded = 0
+        self._notes: dict[str, None] = {}
+        self._skipped: Counter[str] = Counter()
         self._container = container
         self._max_pixels = max_pixels
         self._stream = _video_stream(name, container)
@@ -194,10 +228,26 @@ class _Video:
         self._stream.codec_context.options = {"err_detect": _STRICT, "max_pixels": str(max_pixels)}
         self._reformatter = VideoReformatter()
 
-    @property
-    def fps(self) -> float:
-        """Mean frames per second."""
-        rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
+    def rate(self, times: Sequence[float | None], stride: int) -> float:
+        """Frames per second of the frames at these times, each `stride` frames after the one before."""
+        stated = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
+        known = [time for time in times if time is not None and math.isfinite(time)]
+        gaps = np.diff(known) if len(known) == len(times) else np.zeros(0)
+        usual = gaps[(gaps > 0) & (gaps <= _PAUSE * np.median(gaps))] if len(gaps) else gaps
+        if left_out := len(gaps) - len(usual):
+            self._notes[f"pauses and joints between used frames, left out of their rate: {left_out}"] = None
+        wanted = stride * np.arange(1, len(usual) + 1)
+        if not len(usual) or (stated and np.all(np.abs(np.cumsum(usual) * float(stated) - wanted) <= 0.5)):
+            return self._checked(stated and float(stated)) / stride
+        measured = self._checked(float(f"{stride / np.mean(usual):.6g}")) / stride
+        said = f"{float(stated):.6g} frames per second" if stated else "no frame rate"
+        self._notes[
+            f"variable frame rate: {measured:.6g} frames per second, by the used frames' own times, which are "
+            f"{min(usual):.3g} to {max(usual):.3g} s apart; the file states {said}"
+        ] = None
+        return measured
+
+    def _checked(self, rate: float | None) -> float:
         if not rate:
             raise UndecodableVideoError(
                 f"{self.name}: its {self._stream.codec_context.name} stream states no frame rate and its frames no "
@@ -206,10 +256,15 @@ class _Video:
         least, most = _RATES
         if not least <= rate <= most:
             raise UndecodableVideoError(
-                f"{self.name}: its header speaks of {float(rate):g} frames per second, expected {least:g} to {most:g}. "
+                f"{self.name}: its header speaks of {rate:g} frames per second, expected {least:g} to {most:g}. "
                 "Most likely the header is damaged. Write it anew with the true rate (ffmpeg -r RATE -i IN OUT.mp4)."
             )
-        return float(rate)
+        return rate
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the video should know of how its frames were read so far."""
+        return (*(f"frames skipped {where}: {count}" for where, count in self._skipped.items() if count), *self._notes)
 
     @property
     def pixel_aspect(self) -> float:
@@ -221,13 +276,12 @@ class _Video:
         """Frames that the container's header speaks of; 0 if it does not say."""
         return self._stream.frames
 
-    def decode(self) -> Iterator[Any]:
+    def decode(self, deinterlace: Deinterlacing) -> Iterator[Any]:
         """Yield the av.VideoFrames in the order they are shown, up to the first sign of damage."""
         try:
-            for packet in self._container.demux(self._stream):
-                for frame in self._decode_packet(packet):
-                    self.decoded += 1
-                    yield frame
+            for frame in self._progressive(self._frames(), deinterlace):
+                self.decoded += 1
+                yield frame
         except (VideoError, MemoryError):  # a ValueError too, and said already; no fault of this frame
             raise
         except _FILE_ERRORS as error:
@@ -239,9 +293,77 @@ class _Video:
                 "be decoded. Most likely it was cut off. Fetch or export it again."
             )
 
+    def _frames(self) -> Iterator[Any]:
+        """Frames as they are coded, of one recording after the other where several were joined."""
+        recording = _Recording()
+        for packet, following in _with_following(self._container.demux(self._stream), _NEAR_JOINT):
+            if self._is_joint(recording, packet):
+                for frame in self._stream.codec_context.decode(None):
+                    frame.time_base = self._stream.time_base
+                    if not frame.is_corrupt:
+                        yield frame
+                self._stream.codec_context.flush_buffers()
+                recording = _Recording(joined=True)
+            if packet.size == 0:  # the end
+                yield from self._decode_packet(packet)
+                continue
+            recording.add(packet)
+            if any(self._is_joint(recording, one) for one in following):
+                self._skipped["at a joint of two recordings"] += 1  # what is cut off may decode to anything
+                continue
+            if recording.waits and self._container.format.name in _BROADCAST:
+                continue
+            cut_off = packet.is_corrupt and any(one.is_keyframe for one in following)
+            try:
+                if packet.is_corrupt and not cut_off:
+                    self._raise_damaged("a packet is incomplete")
+                frames = self._decode_packet(packet)
+            except (CorruptVideoError, av.FFmpegError):
+                broken = self._container.format.name in _BROADCAST and not recording.settled
+                if not (cut_off or broken or recording.may_fail(packet)):
+                    raise
+                self._skipped["at a joint of two recordings"] += cut_off
+                recording.waits |= packet.is_keyframe and not recording.settled
+                continue
+            if frames and not recording.settled:
+                where = "at a joint of two recordings" if recording.joined else "before the first that can be decoded"
+                self._skipped[where] += recording.settle(frames[0].pts)
+            yield from frames
+
+    def _is_joint(self, recording: _Recording, packet: Any) -> bool:
+        if self._container.format.name not in _BROADCAST or packet.dts is None or recording.last is None:
+            return False
+        return not -_JOINT_S / 2 <= (packet.dts - recording.last) * packet.time_base <= _JOINT_S
+
+    def _progressive(self, frames: Iterable[Any], deinterlace: Deinterlacing) -> Iterator[Any]:
+        """Frames as they are up to the first interlaced one, then through a filter that alters only such frames."""
+        graph, shape = None, None
+        for frame in frames:
+            if frame.interlaced_frame:
+                self._notes[
+                    "interlaced: " + ("deinterlaced by bwdif" if deinterlace == "bwdif" else "left as it is")
+                ] = None
+            if graph is not None and shape != (frame.width, frame.height, frame.format.name):
+                yield from _filtered(graph, None)
+                graph = None
+            if graph is None and frame.interlaced_frame and deinterlace == "bwdif":
+                graph, shape = self._bwdif(frame), (frame.width, frame.height, frame.format.name)
+            yield from [frame] if graph is None else _filtered(graph, frame)
+        if graph is not None:
+            yield from _filtered(graph, None)
+
+    def _bwdif(self, frame: Any) -> Graph:
+        """A filter that makes one progressive frame of each interlaced one."""
+        graph = Graph()
+        graph.threads = 1
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=self._stream.time_base
+        )
+        deinterlacer = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+        graph.link_nodes(source, deinterlacer, graph.add("buffersink")).configure()
+        return graph
+
     def _decode_packet(self, packet: Any) -> list[Any]:
-        if packet.is_corrupt:
-            self._raise_damaged("a packet is incomplete")
         frames = packet.decode()
         for frame in frames:
             self._check_size(frame)
@@ -259,6 +381,7 @@ class _Video:
 
     def to_rgb(self, frame: Any) -> Picture:
         """The frame's picture as it is coded: not turned, not scaled."""
+        self._note_colours(frame)
         # One converter for all frames, since each holds threads of its own.
         try:
             rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=int(_SCALER))
@@ -270,11 +393,76 @@ class _Video:
                 f"{self.name}: its {frame.format.name} pictures cannot be turned into RGB ({error}). Convert to H.264."
             ) from error
 
+    def _note_colours(self, frame: Any) -> None:
+        if frame.color_trc in _HDR:
+            self._notes[f"high dynamic range ({_HDR[frame.color_trc]}): not tone-mapped"] = None
+        # As players do; FFmpeg's scaler takes BT.601 for whatever is not said, of any size.
+        short, long = sorted((frame.width, frame.height))
+        if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb and (short > 576 or long >= 1280):
+            frame.colorspace = _BT709
+            self._notes["colours: the file does not say which; read as BT.709, as is usual for high definition"] = None
+
     def _raise_damaged(self, what: str, cause: Exception | None = None) -> NoReturn:
         raise CorruptVideoError(
             f"{self.name}: damaged near frame {self.decoded}, before the last wanted frame ({what}). Most likely the "
             "file was cut off or changed on its way. Fetch it again, or re-encode the part that plays."
         ) from cause
+
+
+class _Recording:
+    """What has been seen of one recording in a stream, until its first frame was decoded."""
+
+    def __init__(self, joined: bool = False):
+        self.joined = joined
+        self.settled = False
+        self.waits = True
+        """Whether no keyframe has come yet."""
+        self.last: int | None = None
+        self._begins = True
+        self._cut = False
+        self._keyframe: int | None = None
+        self._times: list[int] = []
+
+    def add(self, packet: Any) -> None:
+        """Take notice of the next packet."""
+        if self._begins:
+            self._begins, self._cut = False, not packet.is_keyframe
+        self.last = self.last if packet.dts is None else packet.dts
+        if self.waits and packet.is_keyframe:
+            self.waits, self._keyframe = False, packet.pts
+        if not self.settled and not packet.is_discard and packet.pts is not None:
+            self._times.append(packet.pts)
+
+    def may_fail(self, packet: Any) -> bool:
+        """Whether a packet may need pictures from before the recording: it is shown before the first keyframe is."""
+        leading = None not in (packet.pts, self._keyframe) and packet.pts < self._keyframe
+        return leading or (self._cut and not self.settled)
+
+    def settle(self, first: int | None) -> int:
+        """Return how many frames should have been shown before the first one that was decoded."""
+        self.settled = True
+        return 0 if first is None else sum(time < first for time in self._times)
+
+
+def _with_following(packets: Iterable[Any], count: int) -> Iterator[tuple[Any, list[Any]]]:
+    """Each packet with up to `count` that follow it."""
+    waiting: deque[Any] = deque()
+    for packet in packets:
+        waiting.append(packet)
+        if len(waiting) > count:
+            yield waiting.popleft(), list(waiting)
+    while waiting:
+        yield waiting.popleft(), list(waiting)
+
+
+def _filtered(graph: Graph, frame: Any) -> Iterator[Any]:
+    """Frames that a filter gives for one more frame; None is the end."""
+    graph.vpush(frame)
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.BlockingIOError, av.EOFError):
+            return
 
 
 class _ReferenceRefusedError(Exception):
@@ -366,6 +554,10 @@ def _probable_cause(file: io.BufferedIOBase) -> str:
     boxes = _top_level_boxes(file)
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")):
         return "it is a still picture"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "it is WebP, still or animated, which is not supported; convert it to mp4"
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        return "it is a picture (HEIF or AVIF), not a video"
     if b"ftyp" in boxes and b"moov" not in boxes:
         return "its mp4 index (moov) is missing: the file was cut off, or its writer never finished"
     if b"ftyp" in boxes or head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):

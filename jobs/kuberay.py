@@ -22,6 +22,7 @@ from jobs.cron import check_cron
 from jobs.profile import NAME, Group, Place, Profile
 from jobs.scheduled import FAILED, REFUSED
 from jobs.shipping import SPEC_FILE, Shipment
+from jobs.yaml12 import Dumper, dump
 
 Manifest = dict[str, Any]
 
@@ -81,7 +82,7 @@ def as_yaml(manifests: list[Manifest]) -> str:
     return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(Dumper):
     """Writes texts of several lines as blocks, and repeats what is the same instead of pointing to it."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -107,7 +108,7 @@ def _check(profile: Profile, wish: Wish) -> None:
     if wish.queue is not None and wish.cron == "raycronjob":
         raise SubmissionError("--queue: a RayCronJob hands no label on to its RayJobs: take --cron cronjob")
     # KubeRay hands the runtime environment to a shell, in double quotes.
-    text = yaml.safe_dump(profile.runtime_env)
+    text = dump(profile.runtime_env)
     if found := re.search(r"[$`]", text):
         raise SubmissionError(
             f"runtime_env: a {found[0]!r} in it would be expanded by a shell on its way: leave it out"
@@ -188,7 +189,7 @@ class _Builder:
         if profile.deadline_s is not None:
             spec["activeDeadlineSeconds"] = profile.deadline_s
         if profile.runtime_env:
-            spec["runtimeEnvYAML"] = yaml.safe_dump(profile.runtime_env, sort_keys=False)
+            spec["runtimeEnvYAML"] = dump(profile.runtime_env)
         spec["submitterPodTemplate"] = {"spec": self._submitter_pod()}
         spec["rayClusterSpec"] = self._cluster()
         return spec

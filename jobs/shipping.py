@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from ditflow.backbones import MINI
 from jobs.spec import CheckedSpec, SpecError, check_spec
+from jobs.yaml12 import dump
 from pipeline.job import Job, Table
 from pipeline.store import Store, StoreError
 
@@ -41,7 +40,7 @@ def pack(path: Path, overrides: Iterable[str], shared: Iterable[str], gpus: bool
     if mistakes:
         raise SpecError("\n".join(mistakes))
     values = _with_gpu_shares(spec) if gpus else spec.values
-    return Shipment(spec.job, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return Shipment(spec.job, dump(values))
 
 
 def _unreachable(spec: CheckedSpec, shared: tuple[str, ...]) -> Iterator[str]:

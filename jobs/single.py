@@ -36,11 +36,14 @@ class ReferenceClip:
     start: int
     stride: int
 
-    def read(self, backbone: Backbone) -> Clip:
+    def read(self, backbone: Backbone, screen: Console) -> Clip:
         """Decode it at a size that the model can do; SettingsError and VideoError say why not."""
         frames, height, width = self.size(backbone)
         backbone.latent_shape(frames, height, width)
-        return read_video(self.path, frames=frames, height=height, width=width, start=self.start, stride=self.stride)
+        clip = read_video(self.path, frames=frames, height=height, width=width, start=self.start, stride=self.stride)
+        for note in clip.notes:
+            screen.print(f"{self.path}: {note}", markup=False)
+        return clip
 
     def size(self, backbone: Backbone) -> tuple[int, int, int]:
         """Frames, height and width."""
@@ -96,7 +99,7 @@ def transfer(
     if isinstance(reference, ReusedBank):
         method, sampling = _as_learned(reference.bank, method, sampling)
     backbone = backbones.load(model)
-    source, size, fps = _source(reference, backbone, method)
+    source, size, fps = _source(reference, backbone, method, screen)
     steps = sampling.resolve(backbone.defaults).steps
     with _showing_steps(screen, method.name, steps) as on_step:
         result = transfer_motion(
@@ -140,7 +143,7 @@ def extract(
     """Extract a video's attention motion flow; return a summary."""
     _check_folders(output, plot)
     backbone = backbones.load(model)
-    clip = reference.read(backbone)
+    clip = reference.read(backbone, screen)
     motion = extract_motion(backbone, clip.frames, method)
     output.write_bytes(motion.to_bytes())
     displacement = motion.displacement.float()
@@ -164,7 +167,7 @@ def _as_learned(
 
 
 def _source(
-    reference: ReferenceClip | ReusedBank, backbone: Backbone, method: MethodSettings
+    reference: ReferenceClip | ReusedBank, backbone: Backbone, method: MethodSettings, screen: Console
 ) -> tuple[np.ndarray | MotionBank | None, tuple[int, int, int], float]:
     """What moves the new video, its size, and its frames per second."""
     if isinstance(reference, ReusedBank):
@@ -173,7 +176,7 @@ def _source(
         return bank, (frames, height, width), bank.header.provenance.get("fps") or DEFAULT_FPS
     if not method.needs_reference:
         return None, reference.size(backbone), DEFAULT_FPS
-    clip = reference.read(backbone)
+    clip = reference.read(backbone, screen)
     return clip.frames, reference.size(backbone), clip.fps
 
 

@@ -26,6 +26,7 @@ from ditflow import backbones
 from ditflow.backbones import ModelIdentity, ModelNotFoundError
 from ditflow.backbones.base import Geometry
 from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
+from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError
@@ -120,13 +121,10 @@ def _read(path: Path, hint: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------- YAML
 
-# libyaml's parser where PyYAML was built with it: a hundred thousand prompts take a second, not half a minute.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _DEEPEST = 50
 _MOST_VALUES = 1_000_000
 _NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
-"""What PyYAML's constructors raise for a date, number or tag that is none, such as 2024-13-45."""
+"""What PyYAML's constructors raise for a value that is none of what its tag says, such as !!timestamp 2024-13-45."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def _document(text: str, name: str) -> _Document:
     """Read a YAML text. Raises SpecError for one that is none, and for a few lines that would grow into gigabytes."""
     try:
         _check_depth(text, name)
-        loader = _Loader(text)
+        loader = Loader(text)
         root = loader.get_single_node()
         if root is None:
             return _Document(None, None)
@@ -157,7 +155,7 @@ def _document(text: str, name: str) -> _Document:
 def _check_depth(text: str, name: str) -> None:
     """Refuse deep nesting before the tree is built, which is done by recursion."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             raise SpecError(_too_deep(name, event.start_mark.line + 1))
@@ -176,6 +174,8 @@ def _measure(node: Any, name: str, known: dict[int, tuple[int, int] | None]) -> 
             raise SpecError(f"{name}:{line}: it holds itself, by an alias")
         return measured
     known[id(node)] = None
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, name)
     parts = [_measure(part, name, known) for part in _parts(node)]
     values, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
     if depth > _DEEPEST:
@@ -187,6 +187,18 @@ def _measure(node: Any, name: str, known: dict[int, tuple[int, int] | None]) -> 
         )
     known[id(node)] = (values, depth)
     return values, depth
+
+
+def _check_keys(node: Any, name: str) -> None:
+    """Refuse a key that stands twice in a mapping: the last one would win, without a word."""
+    first: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if key.value in first:
+            raise SpecError(
+                f"{name}:{line}: the key {key.value!r:.100} stands twice, first in line {first[key.value]}. Remove one."
+            )
+        first[key.value] = line
 
 
 def _parts(node: Any) -> Iterator[Any]:
@@ -224,7 +236,25 @@ def _scalars(node: Any) -> Iterator[Any]:
 def _mapping(document: _Document, name: str, section: type) -> dict[str, Any]:
     if not isinstance(document.values, dict):
         raise SpecError(f"{name}: expected a mapping with the keys {', '.join(_keys_of(section))}")
+    for key, node in document.root.value:
+        if _is_untyped(section, key.value):
+            _check_plain(node, name, key.value)
     return document.values
+
+
+def _is_untyped(section: type, key: str) -> bool:
+    """Whether the values below a key of a section are handed on as they are read: nothing says what each should be."""
+    return bool(get_type_hints(section).get(key) == dict[str, Any])
+
+
+def _check_plain(root: Any, name: str, key: str) -> None:
+    """Refuse what YAML 1.1 reads as another value, such as `no`, where no type says which one is meant."""
+    for node in _scalars(root):
+        if differs_in_1_1(node):
+            raise SpecError(
+                f"{name}:{node.start_mark.line + 1}: {key}: {node.value!r:.100} is one value in YAML 1.1 and another "
+                "in 1.2. Put a text into quotes; write true or false, and numbers in decimal digits."
+            )
 
 
 class _Lines:
@@ -260,7 +290,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise SpecError(f"--set {override}: {parent} is no section but {inner!r}")
         values = inner
-    values[last] = _document(text, f"--set {override}").values
+    document = _document(text, f"--set {override}")
+    if _is_untyped(Job, key.partition(".")[0]):
+        _check_plain(document.root, f"--set {override}", key)
+    values[last] = document.values
 
 
 # ------------------------------------------------------------------------------------------------ keys and types
@@ -429,7 +462,11 @@ def _either(messages: list[str]) -> str:
     return " or ".join([first, *(other.split(": expected ", 1)[-1] for other in others)])
 
 
-_EXPECTED = {"tuple_type": "a list", "dataclass_type": "a section {key: value, ...}"}
+_EXPECTED = {
+    "tuple_type": "a list",
+    "dataclass_type": "a section {key: value, ...}",
+    "string_type": "a text: put it into quotes",
+}
 """pydantic's names of Python types, as YAML calls them."""
 
 
@@ -522,7 +559,7 @@ def _check_kind(kind: str, method: MethodSettings) -> None:
 def to_yaml(job: Job) -> str:
     """Return the job as YAML that `load_spec` reads again."""
     assert job.kind in KINDS
-    return yaml.dump(_plain(dataclasses.asdict(job)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump(_plain(dataclasses.asdict(job)))
 
 
 def _plain(value: Any) -> Any:

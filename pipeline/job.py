@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from ditflow.losses import MOTION_LOSSES
 from ditflow.metrics.base import MetricSettings
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
-from ditflow.video import MAX_PIXELS_PER_FRAME
+from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
 from pipeline.store import Store, read_uri
@@ -44,7 +44,8 @@ class References:
     """Where reference videos are, and which frames of them are used, at which size.
 
     uri: a file, a folder with `glob`, a pattern, or a list of these. fit: `crop` scales to cover and crops the
-    centre, so that motion keeps its direction; `stretch` changes the aspect ratio.
+    centre, so that motion keeps its direction; `stretch` changes the aspect ratio. deinterlace: `bwdif` makes one
+    frame of each interlaced one and leaves others as they are; `off` leaves both fields woven together.
 
     A reference beyond a limit is a failed row, not a failed job; limits decide no row's id. max_bytes: of a file,
     looked up before it is fetched. max_pixels: of a coded frame, looked up before one is decoded. max_memory_bytes:
@@ -60,6 +61,7 @@ class References:
     start: int = 0
     stride: int = 1
     fit: Literal["crop", "stretch"] = "crop"
+    deinterlace: Deinterlacing = "bwdif"
     max_bytes: int = 256 * 1024**2
     max_pixels: int = MAX_PIXELS_PER_FRAME
     max_memory_bytes: int = 512 * 1024**2
@@ -124,7 +126,7 @@ class Banks:
 
 @dataclass(frozen=True)
 class Table:
-    """A Parquet, CSV or JSON-lines file.
+    """A Parquet, CSV or JSON-lines file; CSV by whichever of , ; | and tab gives the columns that it must have.
 
     As prompts, `column` holds them; a column `category` may tell their classes. As pairing, see `pipeline.tables.Pair`.
     """
@@ -230,7 +232,7 @@ class Job:
     `optimize: coordinates`, `preset: lasting`. methods: several methods to compare, by names of your own: every row is
     made with each of them. They take from `method` what they leave out. tags: words of your own for the banks of a
     `build-bank` job; they decide no row's id.
-    log: json, text or off (which YAML reads as false), with a level if it is not info: json:debug; see `pipeline.logs`.
+    log: json, text or off, with a level if it is not info: json:debug; see `pipeline.logs`.
     """
 
     kind: Literal["extract", "synthesize", "build-bank", "reuse", "evaluate"]
@@ -313,7 +315,10 @@ class Job:
 
     def _video_settings(self) -> dict[str, Any]:
         """Which frames of a reference are used; with `reuse` the bank, or `banks.size`, decides."""
-        return {key: getattr(self.references, key) for key in ("frames", "height", "width", "start", "stride", "fit")}
+        keys = ["frames", "height", "width", "start", "stride", "fit"]
+        # Ids are older than the setting: it enters where it departs from its default.
+        keys += ["deinterlace"] if self.references.deinterlace != References.deinterlace else []
+        return {key: getattr(self.references, key) for key in keys}
 
     def extraction_settings(self) -> dict[str, Any]:
         """Every setting that decides what is extracted from a reference."""

@@ -92,6 +92,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("finished_at", _TIME, "UTC", "end of that attempt, before this record was written"),
     Column("versions_json", _TEXT, "JSON", "versions of the software used"),
     Column("execution_json", _TEXT, "JSON", "how it was run: checkpointing, serial CFG, attention, threads"),
+    Column(
+        "reference_notes",
+        pa.list_(_TEXT),
+        "",
+        "how the reference was read, where not as usual: skipped frames, uneven rate, deinterlaced, assumed colours",
+    ),
 )
 PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
 """What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""

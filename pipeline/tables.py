@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from pipeline.job import JOBS_OWN, TAGS, Job, OwnSettings, Table, is_tag
@@ -40,7 +42,7 @@ class Pair:
 
 
 _FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")
-_TEXT = ("a text", lambda value: isinstance(value, str | int | float) and value != "")
+_TEXT = ("a text", lambda value: isinstance(value, str) and value != "")
 _TEXT_OR_NONE = ("a text, or nothing", lambda value: value is None or isinstance(value, str))
 
 
@@ -52,7 +54,14 @@ def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
     expected = "a whole number of 64 bits" if least == _LEAST else f"a whole number of at least {least}"
     return (
         expected,
-        lambda value: value is None or (isinstance(value, int | float) and value % 1 == 0 and least <= value <= _MOST),
+        lambda value: (
+            value is None
+            or (
+                (isinstance(value, int | float) and not isinstance(value, bool))
+                and value % 1 == 0
+                and least <= value <= _MOST
+            )
+        ),
     )
 
 
@@ -79,8 +88,8 @@ def _tags(value: str | None) -> tuple[str, ...]:
 def read_pairs(job: Job, table: Table) -> list[Pair]:
     """Return the pairs that a table tells. Raises PlanError, which names the row, for what makes no pair."""
     source = "bank" if job.kind == "reuse" else "reference"
-    _, rows = read_table(table.uri, job)
-    missing = {source, table.column} - set(rows[0] if rows else {})
+    names, rows = read_table(table.uri, job, {source, table.column})
+    missing = {source, table.column} - set(names if rows else ())
     if missing:
         raise PlanError(f"pairing: {table.uri} has no rows with the column {', '.join(sorted(missing))}")
     checks = {source: _FILE, table.column: _TEXT, **_OPTIONAL}
@@ -90,14 +99,14 @@ def read_pairs(job: Job, table: Table) -> list[Pair]:
 def _pair(job: Job, row: Mapping[str, Any], checks: Mapping[str, Any], where: str) -> Pair:
     for column, (expected, fits) in checks.items():
         if not fits(row.get(column)):
-            raise PlanError(f"pairing: {where} has {column} {row[column]!r:.200}: expected {expected}")
+            raise PlanError(f"pairing: {where} has {column} {row.get(column)!r:.200}: expected {expected}")
     source, prompt, *_ = (row[column] for column in checks if column not in _OPTIONAL)
     numbers = {
         column: None if row.get(column) is None else int(row[column]) for column in ("seed", "start", "stop", "step")
     }
     _check_frames(job, numbers, where)
     own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with") or None)
-    return Pair(source, str(prompt), numbers["seed"], row.get("category") or None, own, _tags(row.get("tags")))
+    return Pair(source, prompt, numbers["seed"], row.get("category") or None, own, _tags(row.get("tags")))
 
 
 def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> None:
@@ -117,7 +126,7 @@ def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> No
 
 def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
     """Return the prompts of a table, each with its class if there is a column `category`."""
-    names, rows = read_table(table.uri, job)
+    names, rows = read_table(table.uri, job, {table.column})
     if table.column not in names:
         raise PlanError(f"prompts.column: {table.column!r} is not in {table.uri}; it has {', '.join(names)}")
     prompts = []
@@ -131,42 +140,105 @@ def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
                 f"prompts: row {number} of {table.uri} has {table.column} {prompt!r:.200}: expected {expected}. "
                 "Bytes are what a column is read as that is no UTF-8."
             )
-        prompts.append((str(prompt), str(category) if category else None))
+        prompts.append((prompt, category or None))
     return prompts
 
 
-def read_table(uri: str, job: Job) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the columns' names and the rows of a Parquet, CSV or JSON-lines file; PlanError for anything else."""
+_TEXTS = {"reference", "bank", "category", "learn_with", "tags"}
+"""Columns that hold texts, whatever these look like: 0001, true and 2024-01-01 are names and prompts too."""
+_NUMBERS = {"seed", "start", "stop", "step"}
+
+
+def read_table(uri: str, job: Job, needed: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns' names and the rows of a Parquet, CSV or JSON-lines file; PlanError for anything else.
+
+    needed: columns of texts that the table must have, by which a CSV file's separator is found.
+    """
     ending = uri.rsplit(".", 1)[-1].lower()
     if ending not in _READERS:
         raise PlanError(
             f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
         )
     data = job.read(uri)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise PlanError(f"{uri}: it is UTF-16, as some spreadsheets write it. Save it as UTF-8.")
     try:
-        table = _READERS[ending](data)
-        return table.column_names, table.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        names, rows = _READERS[ending](data, needed)
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError, csv.Error) as error:
         raise PlanError(f"{uri}: it is no readable {ending} table: {error}") from error
+    texts = _TEXTS | needed
+    twice = [name for name, count in Counter(names).items() if count > 1 and name in texts | _NUMBERS]
+    if twice:
+        raise PlanError(f"{uri}: it has more than one column {twice[0]}, and only one can be meant. Remove the others.")
+    return names, [{name: _text(value) if name in texts else value for name, value in row.items()} for row in rows]
 
 
-def _parquet(data: bytes) -> Any:
+def _text(value: Any) -> Any:
+    """The text of a column of texts; what cannot be one is left for the checks to refuse."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
+_Rows = tuple[list[str], list[dict[str, Any]]]
+
+
+def _parquet(data: bytes, needed: set[str]) -> _Rows:
     """Read a Parquet file, unless it says that it has more rows than any job: a few bytes can say so, and mean it."""
     file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
     rows = file.metadata.num_rows
     if rows > MOST_ROWS:
         raise pyarrow.ArrowInvalid(f"it has {rows} rows, expected at most {MOST_ROWS}. Split it, a job for each part")
-    return file.read()
+    table = file.read()
+    return table.column_names, table.to_pylist()
 
 
-def _csv(data: bytes) -> Any:
-    # Quoted values may go over several lines; without this they may not where two of the reader's blocks meet.
-    return pyarrow.csv.read_csv(io.BytesIO(data), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+def _csv(data: bytes, needed: set[str]) -> _Rows:
+    """Read a CSV file, whose separator is the one that gives it the needed columns: spreadsheets differ."""
+    header = data.split(b"\n", 1)[0].decode("utf-8-sig", errors="replace").rstrip("\r")
+    names = {separator: next(csv.reader([header], delimiter=separator), []) for separator in ",;\t|"}
+    separator = next((one for one, found in names.items() if needed <= {name.strip() for name in found}), ",")
+    # As bytes, which nobody guesses a type of, and of which each that is no UTF-8 can be named.
+    types = {name: pyarrow.binary() for name in names[separator] if name.strip() in _TEXTS | needed}
+    table = pyarrow.csv.read_csv(
+        io.BytesIO(data),
+        # Quoted values may go over several lines; without this they may not where two of the reader's blocks meet.
+        parse_options=pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+    )
+    table = table.rename_columns([name.strip() for name in table.column_names])
+    return table.column_names, table.to_pylist()
 
 
-def _json_lines(data: bytes) -> Any:
-    return pyarrow.json.read_json(io.BytesIO(data))
+def _json_lines(data: bytes, needed: set[str]) -> _Rows:
+    rows = []
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_object)
+            json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no object {{column: value, ...}}")
+        rows.append(row)
+    if not rows:
+        raise ValueError("it is empty")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return names, [{name: row.get(name) for name in names} for row in rows]
 
 
-_READERS: dict[str, Callable[[bytes], Any]] = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines}
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose keys stands once: of two, the last one would win without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a key stands twice among {', '.join(key for key, _ in pairs)}")
+    return values
+
+
+_READERS: dict[str, Callable[[bytes, set[str]], _Rows]] = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines}
 MOST_ROWS = 10_000_000

@@ -111,7 +111,7 @@ class FinishRow:
         data = self._job.read(row["amf_uri"])
         motion = MotionReference.from_bytes(data, row["amf_uri"])
         stored = Stored(row["amf_uri"], hashlib.sha256(data).hexdigest(), len(data))
-        return {**_stored(stored), **_video(self._job.references.size, motion.fps)}
+        return {**_stored(stored), **_video(self._job.references.size, motion.fps), **_notes(motion)}
 
     def _synthesize(self, work: WorkRow, row: Row) -> Columns:
         """Generate a video: plain, guided by a reference's motion, or with a bank."""
@@ -133,7 +133,8 @@ class FinishRow:
         stored = self._desk.store.put(self._job.key("videos", f"{work.row_id}.mp4"), data)
         timings = {"seconds_encode": encoded - encoding, "seconds_write": time.perf_counter() - encoded}
         moved_by = self._moved_by(work, reference) if isinstance(reference, MotionBank) else {}
-        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings, **moved_by}
+        made = {**_stored(stored), **_video(size, fps), **_notes(reference)}
+        return {**made, **_losses(result), **_timings(result), **timings, **moved_by}
 
     def _moved_by(self, work: WorkRow, bank: MotionBank) -> Columns:
         """The columns that tell which reference a bank was learned of, so that the video can be held against it."""
@@ -167,6 +168,7 @@ class FinishRow:
             "reference_sha256": work.reference.sha256,
             "reference_video": self._job_of(work).row_settings()["video"],
             "reference_fps": reference.fps,
+            **({"reference_notes": list(reference.notes)} if reference.notes else {}),
             "seed": work.seed,
         }
         header = replace(result.bank.header, provenance=provenance, tags=work.tags)
@@ -174,7 +176,8 @@ class FinishRow:
         writing = time.perf_counter()
         stored = self._desk.store.put(self._job.key("banks", f"{work.row_id}.safetensors"), bank.to_bytes())
         timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}
-        return {**_stored(stored), **_video(size, fps), **_losses(result), **_timings(result), **timings}
+        made = {**_stored(stored), **_video(size, fps), **_notes(reference)}
+        return {**made, **_losses(result), **_timings(result), **timings}
 
     def _reference(self, work: WorkRow, row: Row) -> tuple[MotionReference | MotionBank | None, Size, float]:
         """What moves the new video, the video's size, and its frames per second."""
@@ -290,6 +293,12 @@ def _ending(outcome: Outcome[Columns]) -> Columns:
 def _video(size: Size, fps: float | None) -> Columns:
     frames, height, width = size
     return {"frames": frames, "height": height, "width": width, "fps": fps}
+
+
+def _notes(reference: MotionReference | MotionBank | None) -> Columns:
+    """How the reference was read, also that of which a bank was learned."""
+    its = reference.header.provenance.get("reference_notes", ()) if isinstance(reference, MotionBank) else ()
+    return {"reference_notes": list(reference.notes if isinstance(reference, MotionReference) else its)}
 
 
 def _stored(stored: Stored) -> Columns:

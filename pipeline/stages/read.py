@@ -40,7 +40,7 @@ def motion_key(job: Job, motion_id: str) -> str:
 def read_reference(row: Row, job: Job) -> Row:
     """Decode the frames of a row's reference, unless its motion has been extracted before.
 
-    Adds frames (uint8 [T, H, W, 3], or no frames), fps, seconds_read, and fault (JSON) if it failed.
+    Adds frames (uint8 [T, H, W, 3], or no frames), fps, notes (JSON), seconds_read, and fault (JSON) if it failed.
     """
     started = time.perf_counter()
     try:
@@ -52,6 +52,7 @@ def read_reference(row: Row, job: Job) -> Row:
         **row,
         "frames": clip.frames,
         "fps": clip.fps,
+        "notes": json.dumps(clip.notes),
         "seconds_read": time.perf_counter() - started,
         "fault": outcome.fault_json(),
     }
@@ -89,6 +90,7 @@ def read_clip(source: Input, settings: References, job: Job) -> Clip:
             start=settings.start,
             stride=settings.stride,
             fit=settings.fit,
+            deinterlace=settings.deinterlace,
             max_pixels_per_frame=settings.max_pixels,
             name=source.uri,
         )

@@ -25,6 +25,7 @@ from pipeline.manifest import Manifest
 from pipeline.plan import Plan, PlanError, WorkRow, make_plan
 from pipeline.record import make_row
 from pipeline.store import Store, StoreError, StoreMissingError, sha256_of
+from pipeline.tables import read_pairs, read_prompts
 
 DEFAULTS = ModelDefaults(blocks=(1,))
 METHOD = MethodSettings(optimize="position").resolve(DEFAULTS)
@@ -411,6 +412,57 @@ def test_prompts_come_from_a_table(local_job, local_store, ending):
     assert [row.prompt for row in rows] == ["ein Bär", "two\nlines"]
 
 
+TEXTS = ["0001", "007", "true", "2024-01-01", "1e5", "NA", "null", "0"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_what_a_table_calls_a_text_is_one_whatever_it_looks_like(local_job, local_store, ending):
+    columns = dict.fromkeys(("reference", "prompt", "category", "learn_with", "tags"), TEXTS)
+    pairs = read_pairs(local_job, Table(write_table(local_store, f"pairs.{ending}", columns)))
+    told = [(pair.source, pair.prompt, pair.category, pair.own.learn_with, *pair.tags) for pair in pairs]
+    assert told == [(text,) * 5 for text in TEXTS]
+    prompts = write_table(local_store, f"prompts.{ending}", {"text": TEXTS, "category": TEXTS[::-1]})
+    assert read_prompts(local_job, Table(prompts, "text")) == list(zip(TEXTS, TEXTS[::-1], strict=True))
+
+
+def test_unquoted_numbers_and_words_in_a_csv_are_texts_where_texts_belong(local_job, local_store):
+    uri = local_store.put("a.csv", b"prompt,category,seed\n007,0,1\ntrue,1,2\n2024-01-01,,\n").uri
+    assert read_prompts(local_job, Table(uri)) == [("007", "0"), ("true", "1"), ("2024-01-01", None)]
+
+
+def test_json_numbers_and_words_in_a_column_of_texts_are_their_texts(local_job, local_store):
+    uri = local_store.put("a.jsonl", b'{"prompt": 7, "category": 0}\n\n{"prompt": true}\n').uri
+    assert read_prompts(local_job, Table(uri)) == [("7", "0"), ("true", None)]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_a_csv_may_have_the_separator_of_any_spreadsheet(local_job, local_store, separator):
+    lines = [["\ufeffreference", " prompt", "seed"], ["01", '"a dog, running; fast\t|"', "3"]]
+    data = "\r\n".join(map(separator.join, lines)).encode()
+    (pair,) = read_pairs(local_job, Table(local_store.put("pairs.csv", data).uri))
+    assert (pair.source, pair.prompt, pair.seed) == ("01", "a dog, running; fast\t|", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.csv", b"prompt,category,prompt\na,b,c\n", "more than one column prompt"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n', "line 2: a key stands twice"),
+        ("a.csv", "prompt\na ball\n".encode("utf-16"), "it is UTF-16"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: "),
+    ],
+)
+def test_a_table_that_could_mean_two_things_is_refused(local_job, local_store, name, data, said):
+    with pytest.raises(PlanError, match=said):
+        read_prompts(local_job, Table(local_store.put(name, data).uri))
+
+
+def test_true_is_no_seed(local_job, local_store):
+    uri = local_store.put("pairs.csv", b"reference,prompt,seed\na.mp4,x,true\n").uri
+    with pytest.raises(PlanError, match="row 1 .* has seed True: expected a whole number"):
+        read_pairs(local_job, Table(uri))
+
+
 def test_a_prompts_table_without_the_column_is_told_which_it_has(local_job, local_store):
     prompts = write_table(local_store, "prompts.csv", {"id": [1], "text": ["x"]})
     with pytest.raises(PlanError, match=r"^prompts\.column: 'prompt' is not in .*prompts\.csv; it has id, text"):
@@ -545,6 +597,7 @@ MATTERS = {
     "start": vary("references", start=1),
     "stride": vary("references", stride=2),
     "fit": vary("references", fit="stretch"),
+    "deinterlace": vary("references", deinterlace="off"),
     "fps": vary("output", fps=12.0),
     "dtype": vary("model", dtype="bfloat16"),
     "kind": lambda job: replace(job, kind="build-bank"),
@@ -713,6 +766,7 @@ EXTRACTION = (
     "start",
     "stride",
     "fit",
+    "deinterlace",
 )
 
 

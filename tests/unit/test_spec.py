@@ -9,6 +9,7 @@ from hostile import SPECS
 
 from ditflow import backbones
 from jobs.spec import ReadySpec, SpecError, check_output, load_spec
+from jobs.yaml12 import Loader, dump
 from pipeline.job import Table
 from pipeline.plan import make_plan
 from pipeline.store import StoreError
@@ -192,8 +193,8 @@ MISTAKES = {
     "unknown model": ("path: mini", "path: no/such/model", "model.path", "one of mini"),
     "text for a number": ("steps: 50,", "steps: many,", "sampling.steps", "integer"),
     "text for GPUs": ("actors: 1, gpus: auto", "actors: 1, gpus: some", "resources.extract.gpus", "auto"),
-    "number for a name": ("name: quickstart", "name: 5", "name", "string"),
-    "nothing for a name": ("name: quickstart", "name:", "name", "string"),
+    "number for a name": ("name: quickstart", "name: 5", "name", "5 is not valid: expected a text: put it into quotes"),
+    "nothing for a name": ("name: quickstart", "name:", "name", "a text"),
     "number for a list": ("seeds: [1]", "seeds: 1", "seeds", "seeds: 1 is not valid"),
     "text among the seeds": ("seeds: [1]", "seeds: [1, x]", "seeds.1", "integer"),
     "text for the prompts": (
@@ -448,6 +449,15 @@ AWKWARD = [
     "*anchor & %tag @at `tick",
     "1e5",
     "\x85\u2028 line ends of other alphabets",
+    "off",
+    "010",
+    "08",
+    "1:30",
+    "1_000",
+    "<<",
+    "null",
+    "~",
+    "",
 ]
 
 
@@ -456,6 +466,85 @@ def test_awkward_prompts_survive_the_way_through_yaml_twice(load):
     spec = load(text=text)
     assert list(spec.job.prompts) == AWKWARD
     assert list(load(text=spec.yaml).job.prompts) == AWKWARD
+
+
+@pytest.mark.parametrize("rules", [yaml.SafeLoader, Loader], ids=["YAML 1.1", "YAML 1.2"])
+def test_the_resolved_spec_is_read_alike_by_both_rules_of_yaml(load, rules):
+    spec = load(text=yaml.safe_dump({**yaml.safe_load(SPEC), "prompts": AWKWARD}, allow_unicode=True))
+    assert yaml.load(spec.yaml, rules)["prompts"] == AWKWARD
+    values = [1e-5, 1e20, 10, True, None, "0o17"]
+    assert yaml.load(dump(values), rules) == values
+
+
+# --------------------------------------------------------------------------------------- what is read as something else
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("[010, 08]", (10, 8)),
+        ("[0x1f, 0o17, +7]", (31, 15, 7)),
+        ("[1_000]", (1000,)),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(load, written, read):
+    assert load(("seeds: [1]", f"seeds: {written}")).job.seeds == read
+    assert load(overrides=(f"seeds={written}",)).job.seeds == read
+
+
+@pytest.mark.parametrize("word", ["no", "on", "off", "Yes", "y", "1:30", "2024-01-01", "1_000", "0b11", "1e5", "010"])
+def test_words_that_yaml_1_1_takes_for_something_else_are_texts(load, word):
+    prompts = '["a leopard running up a snowy hill"]'
+    assert load((prompts, f"[{word}]")).job.prompts == (word,)
+    assert load(overrides=(f"prompts=[{word}]",)).job.prompts == (word,)
+
+
+def test_a_number_with_an_exponent_is_one_where_the_key_is_a_number(load):
+    assert load(("[0.002, 0.001]", "[2e-3, 1e-3]")).job.method.learning_rate == (0.002, 0.001)
+
+
+def test_a_time_of_day_is_no_number_of_frames(mistakes):
+    (said,) = mistakes(("stride: 1", "start: 1:30"))
+    assert "references.start: '1:30' is not valid: expected a valid integer" in said
+
+
+def test_a_number_among_the_prompts_is_refused_with_what_to_do(mistakes):
+    (said,) = mistakes(('["a leopard running up a snowy hill"]', "[7]"))
+    assert said.endswith("prompts.0: 7 is not valid: expected a text: put it into quotes")
+
+
+def test_switches_need_no_quotes_and_yes_and_no_serve_where_a_key_is_true_or_false(load):
+    job = load(("injection: true", "injection: no"), overrides=("model.execution.checkpointing=on", "log=off")).job
+    assert (job.method.injection, job.model.execution.checkpointing, job.log) == (False, "on", "off")
+
+
+@pytest.mark.parametrize(
+    ("old", "twice", "key", "first"),
+    [
+        ("seeds: [1]", "seeds: [1]\nprompts: [a ball]", "prompts", "prompts:"),
+        ("  iterations: 5", "  iterations: 5\n  name: none", "name", "  name: ditflow"),
+        ("{steps: 50,", "{steps: 50, steps: 20,", "steps", "sampling:"),
+        ("faults:", "storage_options: {a: {b: 1, b: 2}}\nfaults:", "b", "faults:"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(mistakes, old, twice, key, first):
+    (said,) = mistakes((old, twice))
+    assert f"the key '{key}' stands twice, first in line {line_of(first)}. Remove one." in said
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(mistakes):
+    (said,) = mistakes(overrides=("sampling={steps: 5, steps: 6}",))
+    assert said.startswith("--set sampling={steps: 5, steps: 6}:1: the key 'steps' stands twice")
+
+
+@pytest.mark.parametrize("value", ["no", "010", "1e3", "{config_kwargs: {retries: [1:30]}}"])
+def test_an_option_that_yaml_1_1_reads_otherwise_is_refused_where_no_type_says_what_it_is(load, mistakes, value):
+    (said,) = mistakes(text=f"{SPEC}storage_options: {{anon: {value}}}\n")
+    assert f":{1 + SPEC.count(chr(10))}: storage_options: " in said
+    (said,) = mistakes(overrides=(f"storage_options.anon={value}",))
+    assert "Put a text into quotes; write true or false" in said
+    options = load(text=f"{SPEC}storage_options: {{anon: false, region: 'no', retries: 10}}\n").job.storage_options
+    assert options == {"anon": False, "region": "no", "retries": 10}
 
 
 # ------------------------------------------------------------------------------------------------------- hostile
