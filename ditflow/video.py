@@ -52,6 +52,8 @@ _HDR = {16: "PQ", 18: "HLG"}
 Deinterlacing = Literal["bwdif", "off"]
 _BROADCAST = {"mpegts", "mpeg"}
 """Formats that are cut and joined anywhere; what is a keyframe is found by looking into the pictures."""
+_WITHOUT_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
+"""Formats whose frames have no times of their own: they state one rate, and a decoder guesses the times from it."""
 _JOINT_S = 1.0
 """A transport stream has a time stamp every 0.7 seconds: a longer gap is where two were joined.
 So is a step back by half of this: by less, segments of one recording overlap."""
@@ -232,7 +234,8 @@ class _Video:
         """Frames per second of the frames at these times, each `stride` frames after the one before."""
         stated = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
         known = [time for time in times if time is not None and math.isfinite(time)]
-        gaps = np.diff(known) if len(known) == len(times) else np.zeros(0)
+        told = len(known) == len(times) and self._container.format.name not in _WITHOUT_TIMES
+        gaps = np.diff(known) if told else np.zeros(0)
         usual = gaps[(gaps > 0) & (gaps <= _PAUSE * np.median(gaps))] if len(gaps) else gaps
         if left_out := len(gaps) - len(usual):
             self._notes[f"pauses and joints between used frames, left out of their rate: {left_out}"] = None

@@ -70,7 +70,6 @@ COLUMNS: tuple[Column, ...] = (
     Column("losses", pa.list_(_LOSS), "", "motion loss, one per optimiser iteration, in order"),
     Column("loss_first", _LOSS, "", "the first of losses"),
     Column("loss_final", _LOSS, "", "the last of losses"),
-    Column("noise_losses", pa.list_(_LOSS), "", "motion loss of each initial noise tried; the smallest one's was used"),
     Column("seconds_read", _REAL, "seconds", "reading and decoding the reference"),
     Column("seconds_extract", _REAL, "seconds", "extracting the motion signal"),
     Column("seconds_learn", _REAL, "seconds", "learning positions with another prompt, before a zero-shot generation"),
@@ -98,6 +97,7 @@ COLUMNS: tuple[Column, ...] = (
         "",
         "how the reference was read, where not as usual: skipped frames, uneven rate, deinterlaced, assumed colours",
     ),
+    Column("noise_losses", pa.list_(_LOSS), "", "motion loss of each initial noise tried; the smallest one's was used"),
 )
 PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
 """What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ditflow.settings import SettingsError
+from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
 from pipeline import logs
 from pipeline.faults import Policy
 from pipeline.job import Job, Output
@@ -231,5 +231,6 @@ def test_prompts_are_for_debugging_alone():
 
 
 def test_the_log_decides_no_row(tmp_path):
-    job = Job("synthesize", "dogs", Output(str(tmp_path)))
+    method = MethodSettings().resolve(ModelDefaults(blocks=(1,)))
+    job = Job("synthesize", "dogs", Output(str(tmp_path)), method=method)
     assert replace(job, log="json:debug").row_settings() == job.row_settings()

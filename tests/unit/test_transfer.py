@@ -84,8 +84,8 @@ def test_candidates_are_refused_where_a_bank_is_learned_or_reused(backbone, movi
     bank = generate(backbone, moving_video, method).bank
     with pytest.raises(ValueError, match=r"^noise_candidates: 2 .*reuses a bank: expected 1"):
         generate(backbone, bank, several)
+    motion = extract_motion(backbone, moving_video, method)
     with pytest.raises(ValueError, match=r"^noise_candidates: 2 .*learns a bank: expected 1"):
-        motion = extract_motion(backbone, moving_video, method)
         learn_bank(backbone, PROMPT, reference=motion, size=CLIP, method=several, sampling=SAMPLING)
 
 
