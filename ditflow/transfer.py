@@ -86,7 +86,8 @@ def transfer_motion(
         reference = _learned(backbone, reference, size, method, sampling, seed)
     learned = time.perf_counter()
     embeds = _embeds_of(backbone, prompt, sampling)
-    noise_losses, seconds_trying = [], 0.0
+    noise_losses: list[float] = []
+    seconds_trying = 0.0
     if method.noise_candidates > 1:
         seed, noise_losses = _best_noise(backbone, embeds, size, reference, method, sampling, seed)
         seconds_trying = time.perf_counter() - learned

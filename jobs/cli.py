@@ -98,11 +98,12 @@ def _status_of(error: Exception) -> int | None:
     if isinstance(error, (ValueError, StoreMissingError)):
         return WRONG_REQUEST
     from jobs.shipping import LaunchError
+    from pipeline.cluster import ClusterError
     from pipeline.faults import JobStoppedError
     from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.manifest import ManifestError
 
-    others = (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError, LaunchError)
+    others = (StoreError, ManifestError, JobStoppedError, LeaseHeldError, LeaseLostError, LaunchError, ClusterError)
     return OTHER_ERROR if isinstance(error, others) else None
 
 
@@ -285,8 +286,10 @@ def run(
 def _run_one(path: Path, overrides: list[str] | None, retry: tuple[str, ...], as_json: bool) -> bool:
     """Run one job; return whether all its rows are ok."""
     from jobs.spec import check_output, load_spec
+    from pipeline.cluster import check_address
     from pipeline.run import sole_run
 
+    check_address()
     spec = load_spec(path, overrides or ())
     if spec.job.kind == "evaluate":
         return _evaluate_job(spec.job, as_json)
@@ -311,7 +314,7 @@ def _run_rows(spec: ReadySpec, planned: Plan, as_json: bool) -> int:
     from pipeline.run import run_plan
 
     with _shown_rows(spec.job, len(planned.todo), as_json, planned.motions) as on_row:
-        tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row)
+        tally = run_plan(spec.job, planned, spec.model.revision, spec.yaml, on_row, screen.print)
     screen.print(
         f"{spec.job.name}: this run ended {tally.ok} ok, {tally.failed} failed, {tally.quarantined} quarantined"
     )
@@ -347,7 +350,7 @@ def _evaluate_job(job: Job, as_json: bool) -> bool:
 
     tasks = _to_measure(job)
     with _shown_rows(job, len(tasks), as_json) as on_row:
-        tally = run_evaluation(job, tasks, on_row)
+        tally = run_evaluation(job, tasks, on_row, screen.print)
     return tally.not_ok == 0
 
 

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,12 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from jobs.status import duration
 from jobs.table import printable
+from pipeline.cluster import unplaced_actors
 from pipeline.pace import RECENT_ROWS, RECENT_S, busy_share, recent_since, rows_per_hour
-from pipeline.status import Whereabouts, whereabouts
+from pipeline.status import Whereabouts, longest_at_work, whereabouts
 from pipeline.store import Store, StoreError
 
 LOOK_EVERY_S, LINE_EVERY_S = 10.0, 60.0
 """How often the output is looked at for where the work is, and a line printed where there is no terminal."""
+STILL_S = 60.0
+"""After so long without a row that ends or work that begins, it is said what the job waits for."""
+
+
+_NOTHING_KNOWN = "Ray to start the next task: every process is up, and none is at work"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class RowProgress:
         self._store, self._motions = Store(store.uri, store.storage_options), motions  # the next look is its patience
         self._done = self._failed = 0
         self._newest_loss: float | None = None
-        self._begun = self._newest = self._said = clock()
+        self._begun = self._newest = self._said = self._moved = clock()
+        self._waits_for: list[str] = []
         self._recent: deque[_Ended] = deque()
         self._where: Whereabouts | None = None
         self._ended, self._lock = threading.Event(), threading.Lock()
@@ -78,9 +84,9 @@ class RowProgress:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._ended.set()
-        if self._rows:
+        if self._rows and (kind is None or self._done):  # one that was refused has no progress to tell of
             with self._lock:
                 self._say(last=True)
         self._bar.stop()
@@ -96,11 +102,17 @@ class RowProgress:
 
     def look(self) -> None:
         """See where the work is, and say it."""
-        where = self._where
-        with suppress(StoreError):  # it is only for show
-            where = whereabouts(self._store, self._motions)
+        before, waits_for = self._where, list[str]()
+        try:
+            self._where = whereabouts(self._store, self._motions)
+            if before is None or (before, before.begun) != (self._where, self._where.begun):
+                self._moved = self._clock()
+            if self._clock() - max(self._moved, self._newest) >= STILL_S:
+                waits_for = [*unplaced_actors(), *longest_at_work(self._store, time.time())] or [_NOTHING_KNOWN]
+        except StoreError as error:  # it is only for show
+            waits_for = [f"the output's storage: {error}"]
         with self._lock:
-            self._where = where
+            self._waits_for = waits_for
             if not self._ended.is_set():
                 self._say()
 
@@ -111,7 +123,7 @@ class RowProgress:
     def _count(self, row: Mapping[str, Any]) -> None:
         self._done += 1
         self._failed += row["status"] != "ok"
-        self._newest = self._clock()
+        self._newest, self._waits_for = self._clock(), []
         if row["loss_final"] is not None:
             self._newest_loss = row["loss_final"]
         finished = row.get("finished_at")
@@ -143,7 +155,8 @@ class RowProgress:
             f"none for {duration(self._clock() - self._newest)}" if left else "",
         ]
         told = ", ".join(filter(None, facts))
-        return separator.join(filter(None, [told, self._whereabouts() if left else ""]))
+        waits = f"waiting for {', and '.join(self._waits_for)}" if self._waits_for and left else ""
+        return separator.join(filter(None, [told, self._whereabouts() if left else "", waits]))
 
     def _pace(self) -> tuple[float | None, float | None]:
         """Return rows per hour, and how busy the processes are, in the last while."""

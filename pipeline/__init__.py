@@ -1,1 +1,8 @@
 """The batch system: Ray Data stages between a plan and a manifest. Runs the algorithm of `ditflow`."""
+
+import os
+
+# Under `uv run` Ray would copy the working folder to every worker and start it through uv, which installs everything
+# again. Workers have this package already, here from this environment, on other machines from their own. Ray reads the
+# variable when it is imported.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -193,6 +193,9 @@ class Cache:
 class Resources:
     """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out).
 
+    read_ahead: references, or rows that need none, that are under way at a time, from being read to the end of their
+    last row (None: twice as many as all pools have actors, at least 8). More only takes memory; fewer than the actors
+    of the last stage leaves some of them idle.
     bank_bytes: motion banks that each actor of a `reuse` job keeps in memory, by the size of their files; the one that
     was used last is always kept.
     """
@@ -203,12 +206,21 @@ class Resources:
     threads: int | None = None
     cache: Cache = field(default_factory=Cache)
     bank_bytes: int = 2 * 1024**3
+    read_ahead: int | None = None
 
     def __post_init__(self) -> None:
+        if self.read_ahead is not None and self.read_ahead < 1:
+            raise SettingsError("read_ahead", self.read_ahead, "at least 1, or null")
         if self.bank_bytes < 0:
             raise SettingsError("bank_bytes", self.bank_bytes, "bytes, 0 or more")
         if self.threads is not None and self.threads < 1:
             raise SettingsError("threads", self.threads, "at least 1, or null")
+
+    @property
+    def most_ahead(self) -> int:
+        """`read_ahead`, with its default."""
+        pools = (self.extract, self.generate, self.evaluate)
+        return self.read_ahead or max(8, 2 * sum(pool.bounds[1] for pool in pools))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ of the driver
 - run_begun: kind, rows (of the job), todo, output, model (its revision)
 - run_ended: ok, failed, quarantined (of this run), seconds
 - job_stopped: reason
+- no_room: message (a pool that the cluster has no room for as it was asked)
 
 of a worker; whose work it was stands in row_id or motion_id
 - reference_read, motion_extracted, row_measured: status, attempts, seconds, error_kind, message

@@ -7,19 +7,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import ray
 
 from pipeline import telemetry
 from pipeline.catalogue import Catalogue
+from pipeline.cluster import ClusterError, Need, check_address, pools_with_room, session_folder, stderr_silenced
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
-from pipeline.graph import evaluated_rows, finished_rows
+from pipeline.graph import evaluated_rows, evaluation_needs, finished_rows, needs
 from pipeline.job import Job
 from pipeline.lease import Holder, Lease
-from pipeline.logs import ERROR, begin, chosen, event
+from pipeline.logs import ERROR, WARNING, begin, chosen, event
 from pipeline.manifest import Manifest
 from pipeline.measurements import Task
 from pipeline.plan import Plan
@@ -80,19 +82,26 @@ def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
     if ray.is_initialized():
         return
+    check_address()
     # Rows report their own errors; what Ray says of its progress is not for the person who waits.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         with _own_sigterm():
-            ray.init(**quiet)
+            try:
+                ray.init(**quiet)
+            except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
+                reason = " ".join(str(error).split())
+                raise ClusterError(f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']} cannot be used: {reason}") from error
         return
     # Actors without a GPU must not lose sight of those that Ray does not manage; the core's own log has nothing to say.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _stderr_silenced(), _own_sigterm():
+    folder = session_folder()
+    with stderr_silenced(), _own_sigterm():
         # "local": never the cluster of somebody else that happens to run on this machine.
-        ray.init("local", include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
+        local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES, "_temp_dir": folder}
+        ray.init("local", **local, **quiet)
 
 
 @contextmanager
@@ -104,39 +113,37 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-@contextmanager
-def _stderr_silenced() -> Iterator[None]:
-    """Drop what native code writes to stderr; errors of Ray's start are exceptions and come through."""
-    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
-
-
-def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: Callable[[Row], None]) -> Tally:
+def run_plan(
+    job: Job,
+    plan: Plan,
+    model_revision: str,
+    spec_yaml: str,
+    on_row: Callable[[Row], None],
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Tally:
     """Do the rows of a plan and return how they ended. The resolved spec is saved first as `job.yaml`.
 
+    on_note: called with what is to be said of the job as a whole, such as pools that the cluster has no room for.
+
     Raises JobStoppedError for what would meet every row: a model that cannot load, storage that refuses, too many
-    failures.
+    failures. Raises SettingsError for a pool that does not fit the cluster, and ClusterError, before anything is
+    written.
     """
-    tally, job, started = Tally(), _logged(job), time.perf_counter()
+    tally, job, started = Tally(), _settled(_logged(job), plan.total), time.perf_counter()
     if not plan.todo:
         return tally
+    connect()
+    job, notes = _with_room(job, *needs(job, plan.todo), on_note)
     store = job.store()
     store.put("job.yaml", spec_yaml.encode())
-    store.put(RUN_KEY, _begun(job, plan).to_json())
+    store.put(RUN_KEY, replace(_begun(job, plan), notes=notes).to_json())
     Manifest(store).forget(plan.retried)
     Manifest(store).compact(least=_MANY_FILES)
-    connect()
     event("run_begun", kind=job.kind, rows=plan.total, todo=len(plan.todo), output=store.uri, model=model_revision)
     limits = _Limits(job, plan.total)
     telemetry.run_goes_on(job.name, plan.total, len(plan.todo))
     with relayed(job.log):
-        rows = finished_rows(_settled(job, plan.total), plan.todo, model_revision)
+        rows = finished_rows(job, plan.todo, model_revision)
         for number, row in enumerate(rows, start=1):
             _check_goes_on(row)
             tally.count(row["status"])
@@ -151,6 +158,18 @@ def run_plan(job: Job, plan: Plan, model_revision: str, spec_yaml: str, on_row: 
             Catalogue.at(job.output.uri, job.storage_options, job.faults.storage_patience_s).refresh()
     event("run_ended", **asdict(tally), seconds=time.perf_counter() - started)
     return tally
+
+
+def _with_room(
+    job: Job, pools: Mapping[str, Need], reader_cpus: float, on_note: Callable[[str], None]
+) -> tuple[Job, tuple[str, ...]]:
+    """Return the job with pools that the cluster has room for, and what there is to say of them, said and logged."""
+    fitting, notes = pools_with_room(pools, reader_cpus)
+    for note in notes:
+        on_note(note)
+        event("no_room", WARNING, message=note)
+    resources: Any = fitting
+    return replace(job, resources=replace(job.resources, **resources)), tuple(notes)
 
 
 def _begun(job: Job, plan: Plan) -> Run:
@@ -192,12 +211,18 @@ class _Limits:
             )
 
 
-def run_evaluation(job: Job, tasks: list[Task], on_row: Callable[[Row], None]) -> Tally:
+def run_evaluation(
+    job: Job,
+    tasks: list[Task],
+    on_row: Callable[[Row], None],
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Tally:
     """Measure the finished rows of a job and return how that ended; rows that failed can be measured again."""
     tally, job, started = Tally(), _logged(job), time.perf_counter()
     if not tasks:
         return tally
     connect()
+    job, _ = _with_room(job, *evaluation_needs(job), on_note)
     event("run_begun", kind="evaluate", rows=len(tasks), todo=len(tasks), output=job.output.uri)
     with relayed(job.log):
         for row in evaluated_rows(job, tasks):

@@ -11,14 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.faults import READING, Ledger
+from pipeline.faults import EVALUATING, READING, Ledger
 from pipeline.lease import Held, held
 from pipeline.manifest import DIGEST, Manifest, once_each
 from pipeline.pace import busy_share, recent_since, rows_per_hour
@@ -42,7 +42,7 @@ class Run:
 
     planned: rows of its job. started_at: seconds since 1970. todo: those of its rows that had not ended, and kept: rows
     in the manifest then, also of earlier plans; None if that was not told. motions: references whose motion it needs.
-    lease_s: after so many seconds without a sign it counts as dead.
+    lease_s: after so many seconds without a sign it counts as dead. notes: what was said of it when it began.
     """
 
     planned: int
@@ -51,6 +51,7 @@ class Run:
     kept: int | None = None
     motions: int = 0
     lease_s: float = 60.0
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """Return it as it is stored under RUN_KEY."""
@@ -343,18 +344,39 @@ def _busy(rows: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where the work of a run is: references whose motion is stored, those at work just now, and rows in flight."""
+    """Where the work of a run is: references whose motion is stored, those at work just now, and rows in flight.
+
+    begun: what is at work, by its names in the ledger, and how often each was tried.
+    """
 
     motions: int
     reading: int
     extracting: int
     rows: int
+    begun: frozenset[tuple[str, int]] = field(default=frozenset(), compare=False)
 
 
 def whereabouts(store: Store, motions: Collection[str]) -> Whereabouts:
     """Return where the work of a run on these motions is; two listings."""
-    begun = set(Ledger(store).unfinished())
-    reading = sum(work_id.startswith(READING) for work_id in begun)
-    extracting = len(begun.intersection(motions))
+    tries = Ledger(store).unfinished()
+    reading = sum(work_id.startswith(READING) for work_id in tries)
+    extracting = len(tries.keys() & set(motions))
     stored = {PurePosixPath(key).stem for key in store.list("amf")} if motions else set()
-    return Whereabouts(len(stored.intersection(motions)), reading, extracting, len(begun) - reading - extracting)
+    return Whereabouts(
+        motions=len(stored.intersection(motions)),
+        reading=reading,
+        extracting=extracting,
+        rows=len(tries) - reading - extracting,
+        begun=frozenset(tries.items()),
+    )
+
+
+def longest_at_work(store: Store, now: float, most: int = 2) -> list[str]:
+    """Return what has been at work for longest, as texts: who does what to which row, and for how long."""
+    begun = Ledger(store).in_flight()
+    return [
+        f"{marker['stage']} of {marker['row_id'].removeprefix(READING).removeprefix(EVALUATING)}, at work for "
+        f"{timedelta(seconds=int(now - datetime.fromisoformat(marker['started_at']).timestamp()))} in process "
+        f"{marker['pid']} on {marker['node']}"
+        for marker in begun[:most]
+    ]

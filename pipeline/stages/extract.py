@@ -68,15 +68,18 @@ def variant_of(row: Row) -> str:
 
 
 def without_motion(work: WorkRow) -> Row:
-    """Return a row for work that needs no reference's motion, as `fan_out` returns the others."""
+    """Return a row for work that needs no reference's motion, as `FanOut` returns the others."""
     nothing = {"amf_uri": "", "seconds_read": 0.0, "seconds_extract": 0.0}
     return {"work": work.to_json(), **nothing, "fault": faultless().fault_json()}
 
 
-def fan_out(row: Row) -> Iterator[Row]:
-    """One row per piece of work: the reference's row for each of its prompts and seeds."""
-    shared = {key: row[key] for key in ("amf_uri", "seconds_read", "seconds_extract", "fault")}
-    for number, work in enumerate(json.loads(row["work"])):
-        # What was done once is counted once.
-        once = {} if number == 0 else {"seconds_read": 0.0, "seconds_extract": 0.0}
-        yield {"work": work, **shared, **once}
+class FanOut:
+    """One row per piece of work: the reference's row for each of its prompts and seeds. A class, as actors are."""
+
+    def __call__(self, row: Row) -> Iterator[Row]:
+        """Yield the rows of one reference."""
+        shared = {key: row[key] for key in ("amf_uri", "seconds_read", "seconds_extract", "fault")}
+        for number, work in enumerate(json.loads(row["work"])):
+            # What was done once is counted once.
+            once = {} if number == 0 else {"seconds_read": 0.0, "seconds_extract": 0.0}
+            yield {"work": work, **shared, **once}

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from jobs.progress import LINE_EVERY_S, RowProgress
+from jobs.progress import LINE_EVERY_S, STILL_S, RowProgress
 from pipeline.faults import Ledger
 from pipeline.store import Store
 
@@ -112,4 +112,27 @@ def test_rows_that_name_no_process_have_no_bad_effect(clock, local_store):
 def test_no_rows_say_nothing(clock, local_store):
     with progress(clock, local_store, rows=0) as shown:
         pass
+    assert said(shown) == ""
+
+
+def test_after_a_minute_without_movement_it_is_said_what_the_job_waits_for(clock, local_store):
+    Ledger(local_store).begin("row-a", {"stage": "generate", "node": "host-7", "pid": 4711})
+    with progress(clock, local_store) as shown:
+        shown.look()
+        clock.now += STILL_S - 1
+        shown.look()
+        assert "waiting for" not in said(shown)
+        clock.now += 1
+        shown.look()
+        told = said(shown).splitlines()[-1]
+        assert re.search(r"waiting for .*generate of row-a, at work for .* in process 4711 on host-7", told)
+        Ledger(local_store).begin("row-b", {"stage": "generate", "node": "host-7", "pid": 4712})
+        clock.now += LINE_EVERY_S
+        shown.look()
+        assert "waiting for" not in said(shown).splitlines()[-1], "work has begun"
+
+
+def test_a_run_that_was_refused_before_its_first_row_says_no_progress(clock, local_store):
+    with pytest.raises(ValueError, match="refused"), progress(clock, local_store) as shown:
+        raise ValueError("refused")
     assert said(shown) == ""
