@@ -13,6 +13,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from pipeline.job import JOBS_OWN, TAGS, Job, OwnSettings, Table, is_tag
+from pipeline.store import public_uri
 
 
 class PlanError(ValueError):
@@ -137,12 +138,13 @@ def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
 
 def read_table(uri: str, job: Job) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the columns' names and the rows of a Parquet, CSV or JSON-lines file; PlanError for anything else."""
+    address, uri = uri, public_uri(uri)
     ending = uri.rsplit(".", 1)[-1].lower()
     if ending not in _READERS:
         raise PlanError(
             f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
         )
-    data = job.read(uri)
+    data = job.read(address)
     try:
         table = _READERS[ending](data)
         return table.column_names, table.to_pylist()
