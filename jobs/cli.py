@@ -6,7 +6,10 @@ Exit status: 0 all rows ok; 3 the job finished but some rows failed; 2 the reque
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +63,32 @@ StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    _end_in_time()
     app()
+
+
+_SECONDS_TO_STOP = 8.0
+_STOPPED_WAITING = "stopped without waiting for what is still being read or written.\n"
+
+
+def _end_in_time() -> None:
+    """End this process soon after SIGINT or SIGTERM, whatever its threads wait for: Python waits for all of them.
+
+    The signal comes through a pipe, since handlers do not run while the main thread is in native code.
+    """
+    arrived, announced = os.pipe()
+    os.set_blocking(announced, False)
+    signal.set_wakeup_fd(announced, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        number = None
+        while number not in (signal.SIGINT, signal.SIGTERM):
+            number = os.read(arrived, 1)[0]
+        time.sleep(_SECONDS_TO_STOP)
+        os.write(2, _STOPPED_WAITING.encode())
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, name="end in time", daemon=True).start()
 
 
 class Terminated(KeyboardInterrupt):

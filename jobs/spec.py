@@ -29,7 +29,7 @@ from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
 from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
-from pipeline.store import Store, StoreError
+from pipeline.store import Store, StoreError, public_uri, redact
 
 PRESETS = Path(__file__).parent
 
@@ -453,8 +453,16 @@ def _explain(error: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     return keys, f"{_SHORTENED.repr(error['input'])} is not valid: expected {expected}"
 
 
-_SHORTENED = reprlib.Repr()
-_SHORTENED.maxstring = _SHORTENED.maxother = 200
+class _Shortened(reprlib.Repr):
+    """Short forms of values. Secrets are taken out first: half of a signature looks like any other word."""
+
+    maxstring = maxother = 200
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(x), level)
+
+
+_SHORTENED = _Shortened()
 
 
 def _either(messages: list[str]) -> str:
@@ -536,11 +544,13 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
 
 
 def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
-    """Credentials among the storage options, which would reach the resolved copy."""
-    try:
-        Store(job.output.uri, job.storage_options)
-    except StoreError as error:
-        yield lines.at(["storage_options"], str(error))
+    """Credentials among the storage options, which would reach the resolved copy, and outputs that are no place."""
+    for keys, options in ((["output", "uri"], {}), (["storage_options"], job.storage_options)):
+        try:
+            Store(job.output.uri, options)
+        except StoreError as error:
+            yield lines.at(keys, str(error))
+            return
 
 
 def _check_kind(kind: str, method: MethodSettings) -> None:
@@ -557,12 +567,17 @@ def _check_kind(kind: str, method: MethodSettings) -> None:
 
 
 def to_yaml(job: Job) -> str:
-    """Return the job as YAML that `load_spec` reads again."""
+    """Return the job as YAML that `load_spec` reads again, without the signatures of URLs."""
     assert job.kind in KINDS
     return dump(_plain(dataclasses.asdict(job)))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {name: _plain(inner, name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, key) for inner in value]
+    return public_uri(value) if key in _ADDRESSES and isinstance(value, str) else value
+
+
+_ADDRESSES = ("uri", "path", "clip", "tracker_weights")

@@ -14,7 +14,7 @@ from ditflow.artifact import ArtifactError
 from ditflow.bank import MotionBank
 from pipeline.catalogue import ENDING, Catalogue
 from pipeline.manifest import HASH_THREADS, Manifest, output_key
-from pipeline.store import Store, StoreMissingError, absolute_uri
+from pipeline.store import Store, StoreCredentialsError, StoreError, StoreMissingError, absolute_uri
 
 _FOLDER = "/banks/"
 
@@ -73,7 +73,11 @@ def _problem(banks: Store, key: str, recorded: str | None) -> BankProblem | None
     try:
         data = banks.read(key)
         MotionBank.from_bytes(data, key)
-    except (ArtifactError, StoreMissingError) as error:
+    except StoreError as error:
+        if error.transient or isinstance(error, StoreCredentialsError):
+            raise
+        return BankProblem(key, str(error))
+    except ArtifactError as error:
         return BankProblem(key, str(error))
     found = sha256(data).hexdigest()
     if recorded not in (None, found):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.conditions import rows_where
 from pipeline.manifest import READ_THREADS, parquet_bytes
-from pipeline.store import Entry, Store, StoreError, StoreMissingError
+from pipeline.store import Entry, Store, StoreCredentialsError, StoreError, StoreMissingError
 
 if TYPE_CHECKING:
     from ditflow.bank import BankHeader
@@ -145,7 +145,11 @@ class Catalogue:
                 start = self.store.read_start(key, header_end(start))
             row = _row_of(key, entry, MotionBank.read_header(start, name, entry.bytes))
             pa.Table.from_pylist([row], schema=SCHEMA)
-        except (ArtifactError, StoreMissingError) as error:
+        except StoreError as error:
+            if error.transient or isinstance(error, StoreCredentialsError):
+                raise
+            return str(error)
+        except ArtifactError as error:
             return str(error)
         except (ValueError, ArithmeticError, pa.ArrowException) as error:
             return f"{name} has a header that makes no row of the catalogue ({error}): it is damaged"

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import PurePosixPath
@@ -18,7 +18,17 @@ from pathlib import PurePosixPath
 from pipeline.catalogue import Catalogue, chosen_by_id, chosen_where
 from pipeline.job import JOBS_OWN, Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
-from pipeline.store import StoreMissingError, absolute_uri, fingerprint, list_uris, patiently, sha256_of
+from pipeline.store import (
+    StoreCredentialsError,
+    StoreError,
+    StoreMissingError,
+    absolute_uri,
+    fingerprint,
+    list_uris,
+    patiently,
+    public_uri,
+    sha256_of,
+)
 from pipeline.tables import PlanError, read_pairs, read_prompts
 
 _HASHES_KEY = "inputs.json"
@@ -27,10 +37,30 @@ _HASH_THREADS = 16
 
 @dataclass(frozen=True)
 class Input:
-    """A reference video or bank. sha256 is None if it could not be read: its rows will fail, and say why."""
+    """A reference video or bank. sha256 is None if it could not be read: its rows will fail, and say why.
+
+    uri is what is written down. address is where it is read, with a URL's signature; it never leaves memory.
+    """
 
     uri: str
     sha256: str | None
+    address: str = field(default="", repr=False)
+
+    @classmethod
+    def at(cls, address: str, sha256: str | None) -> Input:
+        """Return the input at an absolute address."""
+        uri = public_uri(address)
+        return cls(uri, sha256, "" if address == uri else address)
+
+    @classmethod
+    def recorded(cls, uri: str, sha256: str | None) -> Input:
+        """Return the input that a manifest names."""
+        return cls(uri, sha256, absolute_uri(uri))
+
+    @property
+    def source(self) -> str:
+        """Where it is read."""
+        return self.address or self.uri
 
     @property
     def identity(self) -> str:
@@ -207,7 +237,8 @@ def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
     names = dict.fromkeys(pair.source for pair in pairs)
     reuses, folders = job.kind == "reuse", job.references.uris
     uris = _bank_uris(job, names) if reuses else {name: _absolute(folders, name) for name in names}
-    inputs = {source.uri: source for source in _hashed(job, set(uris.values()))}
+    addresses = list(dict.fromkeys(uris.values()))
+    inputs = dict(zip(addresses, _hashed(job, addresses), strict=True))
     for pair in pairs:
         seeds, source = job.seeds if pair.seed is None else (pair.seed,), inputs[uris[pair.source]]
         yield from (Combination(source, pair.prompt, seed, pair.category, pair.own, pair.tags) for seed in seeds)
@@ -225,7 +256,7 @@ def _bank_uris(job: Job, names: Iterable[str]) -> dict[str, str]:
     if job.banks.chooses:
         raise PlanError("banks: a table of pairs names the banks itself: remove ids and where, or pairing")
     names, ending = list(names), PurePosixPath(job.banks.glob).suffix
-    uris = {name: _absolute(job.banks.uris, name) for name in names if name.endswith(ending)}
+    uris = {name: _absolute(job.banks.uris, name) for name in names if name.split("?")[0].endswith(ending)}
     ids = [name for name in names if name not in uris]
     if not ids:
         return uris
@@ -258,9 +289,9 @@ def _sources(job: Job) -> Sequence[Input | None]:
     for uri in inputs.uris:
         try:
             uris.update(dict.fromkeys(list_uris(uri, inputs.glob, job.storage_options)))
-        except StoreMissingError:
-            # A pattern or folder without files is a mistake in the job; one missing file is one failed row.
-            if len(inputs.uris) == 1:
+        except StoreError as error:
+            # What is wrong with all that is asked for is a mistake in the job; with one of several, a failed row.
+            if len(inputs.uris) == 1 or isinstance(error, StoreCredentialsError):
                 raise
             uris[absolute_uri(uri)] = None
     return _hashed(job, uris)
@@ -288,7 +319,12 @@ def _prompts(job: Job) -> list[tuple[str, str | None]]:
 
 
 def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
-    """Hash inputs by content, in parallel; the content of an unchanged file is not read again."""
+    """Hash inputs by content, in parallel; the content of an unchanged file is not read again.
+
+    An input that cannot be read is nobody else's concern: its rows will fail. If it was read before, they are the rows
+    of what was read then, so that those that are done stay done when a signed URL has expired.
+    Raises StoreError when the storage takes no credentials, or when none can be reached.
+    """
     store = job.store()
     try:
         known = json.loads(store.read(_HASHES_KEY))
@@ -298,18 +334,26 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     def content_hash(uri: str) -> str:
         return patiently(lambda: sha256_of(uri, job.storage_options), job.faults.storage_patience_s)
 
-    def hashed(uri: str) -> tuple[Input, list[str] | None]:
+    def hashed(address: str) -> tuple[Input, list[str] | StoreError]:
+        source = Input.at(address, None)
+        remembered = known.get(source.uri, [None, None])
         try:
-            mark = patiently(lambda: fingerprint(uri, job.storage_options), job.faults.storage_patience_s)
-            remembered = known.get(uri, [None, None])
-            sha256 = remembered[1] if remembered[0] == mark else content_hash(uri)
-        except StoreMissingError:
-            return Input(uri, None), None
-        return Input(uri, sha256), [mark, sha256]
+            mark = patiently(lambda: fingerprint(address, job.storage_options), job.faults.storage_patience_s)
+            sha256 = remembered[1] if remembered[0] == mark else content_hash(address)
+        except StoreCredentialsError:
+            raise
+        except StoreMissingError as error:
+            return source, error
+        except StoreError as error:
+            return replace(source, sha256=remembered[1]), error
+        return replace(source, sha256=sha256), [mark, sha256]
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         results = list(pool.map(hashed, uris))
-    found = {source.uri: memory for source, memory in results if memory is not None}
+    away = [outcome for _, outcome in results if isinstance(outcome, StoreError) and outcome.transient]
+    if away and len(away) == len(results):
+        raise away[0]
+    found = {source.uri: memory for source, memory in results if isinstance(memory, list)}
     if not found.items() <= known.items():
         store.put(_HASHES_KEY, json.dumps(known | found, indent=0).encode())
     return [source for source, _ in results]

@@ -14,20 +14,24 @@ import errno
 import hashlib
 import os
 import re
+import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import wraps
+from fnmatch import fnmatchcase
+from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import tenacity
 from fsspec.core import split_protocol, url_to_fs
-from fsspec.utils import glob_translate
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
@@ -79,6 +83,10 @@ class StoreForbiddenError(StoreError):
     """The storage refused access, or no credentials were found."""
 
 
+class StoreCredentialsError(StoreForbiddenError):
+    """There are no credentials, or the storage does not take them: nothing there can be read, whatever it is."""
+
+
 class StoreUnwritableError(StoreForbiddenError):
     """The storage cannot be written to: no permission, no space. No row could end there."""
 
@@ -93,7 +101,8 @@ _SECRET_NAME = (
     r"(?:session|security|access|refresh)?[_-]?token|api[_-]?key|client[_-]?secret|password|passwd"
 )
 _REDACTIONS = (
-    (re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"), "***"),
+    (re.compile(r"(?<=://)[^/\s'\"]+(?=@)"), "***"),
+    (re.compile(r"(?i)(https?://[^\s?'\"]*\?)[^\s'\"]+"), r"\1***"),
     (re.compile(rf"(?i)([?&;](?:{_SECRET_QUERY})=)[^&\s'\"]+"), r"\1***"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=%-]{6,}"), r"\1***"),
@@ -106,9 +115,10 @@ _REDACTIONS = (
 def redact(text: str) -> str:
     """Return `text` with credentials replaced by `***`.
 
-    Covered: `user:password@` in URLs, signatures and credentials in signed URLs, `secret=...`-like pairs,
-    authorization headers, access key ids, and the values of this process's secret environment variables
-    (a secret key alone looks like any other word, so only its value can give it away).
+    Covered: `user:password@` in URLs, the whole query of http(s) URLs (every service signs by names of its own),
+    signatures in other URLs, `secret=...`-like pairs, authorization headers, access key ids, and the values of this
+    process's secret environment variables (a secret key alone looks like any other word, so only its value can give
+    it away).
     """
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()):
@@ -189,28 +199,60 @@ def _translating(action: str, uri: str) -> Iterator[None]:
 
 def _store_error(action: str, uri: str, error: Exception) -> StoreError:
     what = f"cannot {action} {_shown(uri)}"
-    reason = redact(f"{type(error).__name__}: {error}")
+    reason = redact(f"{type(error).__name__}: {error}".replace(uri, public_uri(uri)))
     status = http_status(error)
-    refusal = StoreUnwritableError if action in _WRITING else StoreForbiddenError
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return StoreMissingError(
-            f"{what}: it does not exist ({reason}). Check its spelling and, on S3, that the bucket exists "
-            "(buckets are never created here) and that AWS_ENDPOINT_URL names the intended server."
-        )
-    if _class_names(error) & _CREDENTIAL_NAMES:
-        return refusal(
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and status is None):
+        return StoreMissingError(f"{what}: it does not exist ({reason}). {_where_to_look(uri)}")
+    code = _error_code(error)
+    if _class_names(error) & _CREDENTIAL_NAMES or code in _CREDENTIAL_CODES:
+        unusable = StoreUnwritableError if action in _WRITING else StoreCredentialsError
+        return unusable(
             f"{what}: no usable credentials ({reason}). Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, in the environment of every machine of the cluster."
         )
     if isinstance(error, PermissionError) or status in (401, 403):
-        return refusal(
-            f"{what}: access was refused ({reason}). Check the folder's permissions; on S3, the credentials "
-            "of AWS_PROFILE or the environment and their right to get, put, list and delete there."
-        )
+        refusal = StoreUnwritableError if action in _WRITING else StoreForbiddenError
+        return refusal(f"{what}: access was refused ({reason}). {_who_may(action, uri, code)}")
     kind = StoreUnwritableError if getattr(error, "errno", None) in _NO_ROOM else StoreError
     return kind(f"{what}: {reason}{_advice(error)}", transient=is_transient(error))
 
 
+def _where_to_look(uri: str) -> str:
+    path = uri.removeprefix("file://")
+    if is_local(uri):
+        link = f"It is a symbolic link to {os.readlink(path)!r}. " if os.path.islink(path) else ""
+        return f"{link}Check its spelling, and that its disk is mounted on this machine."
+    return (
+        "Check its spelling and, on S3, that the bucket exists (buckets are never created here) and that "
+        "AWS_ENDPOINT_URL names the intended server."
+    )
+
+
+def _who_may(action: str, uri: str, code: str) -> str:
+    """Return what to look at after a refusal. Credentials that read other things are not what is wrong with one."""
+    if code == "InvalidObjectState":
+        return "The object is archived (Glacier): restore it (aws s3api restore-object), or leave it out."
+    if is_local(uri):
+        return "Check the permissions of the file and of the folders above it."
+    if "http" in uri.split("://", 1)[0]:
+        return "If it was a signed URL: it has expired, or was signed for something else. Sign it anew."
+    if action in _WRITING:
+        return "On S3, check the right of these credentials to get, put, list and delete there."
+    return (
+        "On S3, check the right to get it (and to list a folder) in the policies of the bucket, of the object and of "
+        "the key that encrypts it."
+    )
+
+
+def _error_code(error: Exception) -> str:
+    """Return S3's own code for an error, or nothing."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code", "") if isinstance(response, Mapping) else ""
+
+
+_CREDENTIAL_CODES = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+)
 _WRITING = frozenset({"write", "create", "delete"})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -227,15 +269,16 @@ def _advice(error: Exception) -> str:
 
 
 def _shown(uri: str) -> str:
-    return repr(redact(uri))
+    return repr(redact(public_uri(uri)))
 
 
 # --------------------------------------------------------------------------------------------- file systems
 
 _REFUSED_OPTIONS = frozenset(
     {
-        "key", "secret", "token", "password", "username",
-        "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
+        "key", "secret", "token", "password", "passwd", "username", "authorization", "cookie",
+        "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "x-amz-security-token",
+        "account_key", "sas_token", "connection_string", "api_key", "x-api-key", "client_secret",
     }
 )  # fmt: skip
 
@@ -253,7 +296,7 @@ def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple
     protocol = _protocol(uri)
     with _translating("open", uri):
         if protocol in LOCAL_PROTOCOLS:
-            return _direct("file", uri, options)
+            return fsspec.filesystem("file", **options), _local_path(uri)
         if protocol in S3_PROTOCOLS:
             return _open_s3(uri, options)
         fs, path = url_to_fs(uri, **{"use_listings_cache": False, **options})
@@ -264,19 +307,22 @@ def _open_s3(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     # max_concurrency 1: with more, s3fs asks for the size before each read, two requests in place of one.
     defaults = {"use_listings_cache": False, "max_concurrency": 1}
     config = {**S3_CONFIG, **options.get("config_kwargs", {})}
-    fs, path = _direct("s3", uri, {**defaults, **options, "config_kwargs": config})
-    fs.retries = 1
-    return fs, path
-
-
-def _direct(protocol: str, uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     # Not url_to_fs: it takes "::" in a file's name for a chain of file systems.
-    fs = fsspec.filesystem(protocol, **options)
+    fs = fsspec.filesystem("s3", **{**defaults, **options, "config_kwargs": config})
+    fs.retries = 1
     return fs, fs._strip_protocol(uri)
 
 
 def _protocol(uri: str) -> str:
-    return split_protocol(uri)[0] or "file"
+    protocol = split_protocol(uri)[0]
+    if protocol is not None:
+        return protocol
+    start = re.match(r"([a-z][a-z0-9]+):/?", uri)
+    remote = start is not None and start[1] not in LOCAL_PROTOCOLS and start[1] in fsspec.available_protocols()
+    if start is not None and remote and not os.path.lexists(uri):
+        meant = f"{start[1]}://{uri[start.end() :]}"
+        raise StoreError(redact(f"{uri!r} is no address: expected '//' after '{start[1]}:'. Write {meant}"))
+    return "file"
 
 
 def _refuse_credentials(uri: str, options: Mapping[str, Any]) -> None:
@@ -294,13 +340,31 @@ def _refuse_credentials(uri: str, options: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_as_root(uri: str) -> None:
+    """Refuse `${OUT}/run`, which would become a folder of this name, and secrets, which all outputs would name."""
+    if re.search(r"://[^/\s]*:[^/\s]*@|^https?://[^?]*\?", uri):
+        raise StoreError(
+            f"{_shown(uri)} holds a password or a signature, which must not be written down. Signed URLs are for files "
+            "that are read, by a job that is run here: a spec that goes to a cluster is kept there. Put them into a "
+            "table on the storage, as pairing: {uri: s3://...}."
+        )
+    variable = re.search(r"\$[{(]|(?:^|/)\$[A-Za-z_]\w*|\{\{|^~[^/]*(?=/|$)", uri)
+    if variable and not os.path.exists(os.path.expanduser(_LOCAL_SCHEME.sub("", uri))):
+        if variable[0].startswith("~") and not os.path.expanduser(variable[0]).startswith("~"):
+            return
+        raise StoreError(
+            f"{_shown(uri)} holds {variable[0].lstrip('/')!r}, which is not filled in here, and would become a folder "
+            'of this name. Write the place itself, or let the shell do it: --set "output.uri=$OUT/run".'
+        )
+
+
 def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if str(name).lower() in _REFUSED_OPTIONS:
             yield str(name)
         elif isinstance(value, Mapping):
             yield from _credential_keys(value)
-        elif isinstance(value, str) and re.search(r"://[^/\s@]+@", value):
+        elif isinstance(value, str) and redact(value) != value:
             yield str(name)
 
 
@@ -367,15 +431,17 @@ class Store:
     Safe to use from several threads. Every operation waits for `patience_s` seconds for errors that pass by
     themselves, such as throttling and lost connections; beyond what botocore retries.
 
-    Raises StoreError for credentials among the options; nothing is opened or created here.
+    Raises StoreError for credentials among the options or in the URI, and for a URI with a variable that nobody has
+    filled in; nothing is opened or created here.
     """
 
     def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> None:
         self.storage_options: dict[str, Any] = dict(storage_options or {})
         self.patience_s = patience_s
         _refuse_credentials(uri, self.storage_options)
+        _refuse_as_root(uri)
         self._local = _protocol(uri) in LOCAL_PROTOCOLS
-        self.uri = _local_uri(uri) if self._local else uri.rstrip("/")
+        self.uri = f"file://{os.path.abspath(_local_path(uri))}" if self._local else uri.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -401,6 +467,7 @@ class Store:
         uri = self.uri_of(key)
         with _translating("read", uri):
             fs, path = self._at(key)
+            _check_regular(fs, path)
             return fs.cat_file(path, start=0, end=count)
 
     @_patient
@@ -590,11 +657,6 @@ class Store:
                 folder = folder.parent
 
 
-def _local_uri(uri: str) -> str:
-    path = os.path.abspath(os.path.expanduser(split_protocol(uri)[1]))
-    return f"file://{path}"
-
-
 def _checked(key: str) -> str:
     segments = key.split("/")
     if "\0" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in segments):
@@ -710,22 +772,44 @@ def _kind(fs: Any, path: str) -> str | None:
     """Return 'file', 'directory' or None. Unlike with fsspec's isfile(), a refused access is an error."""
     try:
         info = fs.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    followed = os.path.isdir(path) if info.get("islink") else info["type"] == "directory"
-    return "directory" if followed else "file"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if http_status(error) in (None, 404, 410):
+            return None
+        raise
+    return "directory" if info["type"] == "directory" else "file"
+
+
+def _is_local_fs(fs: Any) -> bool:
+    return fs.protocol == ("file", "local")
 
 
 def _files_below(fs: Any, folder: str) -> dict[str, Entry]:
     """Return size and time of every file below `folder` by its path relative to it; unsorted."""
-    if fs.protocol == ("file", "local"):
-        return dict(_walk_local(folder))
-    lead = folder.rstrip("/") + "/"
-    found = fs.find(folder, detail=True)
+    if not _is_local_fs(fs):
+        return {name: Entry(info["size"], _written(info)) for name, info in _remote_entries(fs, folder).items()}
+    found = {}
+    for name in _walk_local(folder, _raise_unless_missing):
+        with suppress(FileNotFoundError):
+            status = os.stat(os.path.join(folder, name))
+            found[name] = Entry(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+    return found
+
+
+def _remote_entries(fs: Any, folder: str, depth: int | None = None) -> dict[str, Mapping[str, Any]]:
+    """Return what a remote file system says of every file below `folder`; with depth 1, of files and folders in it."""
+    listing = {"maxdepth": depth, "withdirs": depth == 1, "detail": True}
+    folder = folder if "s3" in fs.protocol else folder.rstrip("/")
+    if "s3" in fs.protocol:
+        # By prefix, since s3fs removes the leading slash of a key, and lists the parent of a folder that is not there.
+        bucket, key, _ = fs.split_path(f"{folder}/x")
+        found = fs.find(bucket, prefix=key[:-1], **listing)
+    else:
+        found = fs.find(folder, **listing)
+    lead = f"{folder}/"
     return {
-        name[len(lead) :]: Entry(info["size"], _written(info))
+        name[len(lead) :]: info
         for name, info in found.items()
-        if name.startswith(lead) and not name.endswith("/") and info["type"] == "file"
+        if name.startswith(lead) and not name.endswith("/") and (depth == 1 or info["type"] == "file")
     }
 
 
@@ -736,20 +820,27 @@ def _written(info: Mapping[str, Any]) -> datetime | None:
     return time_ and (time_ if time_.tzinfo else time_.replace(tzinfo=UTC)).astimezone(UTC)
 
 
-def _walk_local(folder: str) -> Iterator[tuple[str, Entry]]:
+def _walk_local(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
+    """Yield the path of everything below `folder` that is no folder, relative to it, but for unfinished files."""
     # Not fsspec's find(): when a file vanishes between listing and stat (a writer's temporary file), it drops
     # the whole folder from the answer without a word.
-    for parent, folders, names in os.walk(folder, onerror=_raise_unless_missing, followlinks=True):
-        folders.sort()
+    for parent, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _leads_back(folder, os.path.join(parent, name)))
         for name in names:
-            path = os.path.join(parent, name)
             if not name.startswith(TEMPORARY_PREFIX):
-                with suppress(FileNotFoundError):
-                    found = os.stat(path)
-                    yield (
-                        os.path.relpath(path, folder),
-                        Entry(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)),
-                    )
+                yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _leads_back(root: str, path: str) -> bool:
+    """Return whether a folder is a symbolic link to one that the walk from `root` went through, or to one above it."""
+    if not os.path.islink(path):
+        return False
+    target, above = os.path.join(os.path.realpath(path), ""), path
+    while above != root:
+        above = os.path.dirname(above)
+        if os.path.join(os.path.realpath(above), "").startswith(target):
+            return True
+    return False
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -757,7 +848,7 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-# --------------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------------- addresses
 
 
 def is_local(uri: str) -> bool:
@@ -766,8 +857,52 @@ def is_local(uri: str) -> bool:
 
 
 def absolute_uri(uri: str) -> str:
-    """Return `uri` with its protocol, a local path made absolute; where there is something is not looked up."""
-    return _local_uri(uri) if _protocol(uri) in LOCAL_PROTOCOLS else uri
+    """Return `uri` with its protocol, a local path made absolute.
+
+    A local URI may be percent-encoded: where nothing has the name as it is written, `%20` is a blank.
+    """
+    if not is_local(uri):
+        return uri
+    path = os.path.abspath(_local_path(uri))
+    if "%" in path and _LOCAL_SCHEME.match(uri) and not os.path.lexists(path):
+        decoded = os.fsdecode(unquote_to_bytes(path))
+        path = decoded if "\0" not in decoded and os.path.lexists(decoded) else path
+    return f"file://{path}"
+
+
+_LOCAL_SCHEME = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?)?")
+
+
+def _local_path(uri: str) -> str:
+    """Return what a plain path, `file:///path`, `file://localhost/path` or `file:/path` names, from the root on."""
+    path = os.path.join(os.getcwd(), os.path.expanduser(_LOCAL_SCHEME.sub("", uri, count=1)))
+    return path if ".." in path.split("/") else os.path.normpath(path)  # a/link/.. need not be a
+
+
+def public_uri(uri: str) -> str:
+    """Return an absolute URI as it may be written down.
+
+    Without user and password, and without what comes after the path of an http(s) URL: signatures are there. Bytes of
+    a local name that are no UTF-8 are percent-encoded.
+    """
+    if is_local(uri):
+        return uri if _is_utf8(uri) else quote(os.fsencode(uri), safe=_ASCII_AS_IT_IS)
+    uri = re.sub(r"(?<=://)[^/\s]*@", "", uri)
+    return re.split(r"[?#]", uri, maxsplit=1)[0] if re.search(r"https?://", uri) else uri
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_ASCII_AS_IT_IS = "".join(map(chr, range(32, 127))).replace("%", "")
+
+
+# --------------------------------------------------------------------------------------------------- inputs
 
 
 def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> bytes:
@@ -779,9 +914,31 @@ def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None, patienc
     def read() -> bytes:
         fs, path = open_fs(uri, storage_options)
         with _translating("read", uri):
+            _check_regular(fs, path)
             return fs.cat_file(path)
 
     return patiently(read, patience_s)
+
+
+def _check_regular(fs: Any, path: str) -> None:
+    """Raise OSError for a local path that is no regular file: opening a FIFO waits for its writer, perhaps for ever."""
+    if not _is_local_fs(fs):
+        return
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()  # an error of its own for a folder that may not be looked into
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", path)
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _SPECIAL_FILES if is_kind(mode)), "a special file")
+        raise OSError(f"it is {kind}, and only regular files are read: write its content into a file")
+
+
+_SPECIAL_FILES = (
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def list_uris(uri: str, glob: str = "*", storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -789,43 +946,142 @@ def list_uris(uri: str, glob: str = "*", storage_options: Mapping[str, Any] | No
 
     `uri` is a file (then `glob` plays no part, and its name may hold `*` or `[`), a folder whose files match
     `glob` relative to it (`*.mp4`, `*/left.mp4`, `**/*.mp4`), or itself a pattern such as
-    `s3://b/refs/*.mp4`. Hidden files (names with a leading dot) are passed over, as a shell would.
+    `s3://b/refs/*.mp4`. As in a shell, hidden files and folders (names with a leading dot) match only a pattern with
+    that dot; unlike there, `*.mp4` matches `A.MP4` too. Brackets in the name of a folder that exists are no pattern.
+
+    Only folders that the pattern leads to are looked into. One of them that cannot be listed is among the URIs
+    itself, as is what no bytes can be read of (a broken link, a FIFO): reading them says what is wrong.
 
     Raises StoreMissingError when nothing matches, StoreForbiddenError or StoreError.
     """
+    uri = absolute_uri(uri)
+    if re.match(r"https?://[^?]*\?", uri):
+        return [uri]  # the query of a URL is no pattern
     fs, path = open_fs(uri, storage_options)
     with _translating("list", uri):
-        kind = _kind(fs, path)
-        if kind == "file":
+        if _is_local_fs(fs) and os.path.islink(path) and not os.path.exists(path):
             return [fs.unstrip_protocol(path)]
-        folder, pattern = (path, glob) if kind == "directory" else _split_pattern(path, glob)
-        matches = re.compile(glob_translate(pattern)).match
-        names = sorted(name for name in _candidates(fs, folder, pattern) if matches(name))
+        kind = _kind(fs, path)
+        if kind == "file" and not _is_folder_too(fs, uri, path, glob):
+            return [fs.unstrip_protocol(path)]
+        folder, pattern = (path, glob) if kind is not None else _split_pattern(fs, path)
+        if pattern is None:
+            raise StoreMissingError(
+                f"{_shown(uri)} does not exist: there is neither a file nor a folder of this name. Check its spelling."
+            )
+        names = _matching(fs, folder if "s3" in fs.protocol else folder.rstrip("/"), pattern)
     if not names:
+        brackets = "; a bracket that is part of a name is written [[]" if "[" in pattern else ""
         raise StoreMissingError(
             f"no file matches {pattern!r} in {_shown(fs.unstrip_protocol(folder))}. Check the folder's "
-            "spelling and the pattern: upper and lower case differ, and '**/' reaches into subfolders."
+            f"spelling and the pattern: upper and lower case differ, '**/' reaches into subfolders{brackets}."
         )
-    return [fs.unstrip_protocol(f"{folder.rstrip('/')}/{name}") for name in names]
+    return [fs.unstrip_protocol(name) for name in sorted(names)]
 
 
-def _split_pattern(path: str, glob: str) -> tuple[str, str]:
-    """Split `a/b/*.mp4` into `a/b` and `*.mp4`; a path without wildcards is a folder that holds `glob`."""
+def _is_folder_too(fs: Any, uri: str, path: str, glob: str) -> bool:
+    """Return whether the key of an object on S3 is a folder of objects as well, and that folder is meant."""
+    named = not uri.endswith("/") and _is_named(path.rsplit("/", 1)[-1], glob, last=True)
+    return "s3" in fs.protocol and not named and bool(_remote_entries(fs, path, depth=1))
+
+
+def _split_pattern(fs: Any, path: str) -> tuple[str, str | None]:
+    """Split `a/b/*.mp4` into `a/b` and `*.mp4`; a path without wildcards has no pattern."""
     segments = path.split("/")
-    first = next((n for n, part in enumerate(segments) if re.search(r"[*?\[]", part)), None)
+    first = next((n for n, part in enumerate(segments) if not _is_literal(fs, part, "/".join(segments[: n + 1]))), None)
     if first is None:
-        return path, glob
+        return path, None
     return "/".join(segments[:first]) or "/", "/".join(segments[first:])
 
 
-def _candidates(fs: Any, folder: str, pattern: str) -> Iterator[str]:
-    if "/" in pattern or fs.protocol == ("file", "local"):
-        names: Any = _files_below(fs, folder)
-    else:  # one level only: a bucket's root may hold far more below
-        entries = fs.ls(folder, detail=True) if _kind(fs, folder) == "directory" else []
-        lead = len(folder.rstrip("/")) + 1
-        names = (entry["name"][lead:] for entry in entries if entry["type"] == "file")
-    return (name for name in names if name and not name.rsplit("/", 1)[-1].startswith("."))
+def _is_literal(fs: Any, step: str, path: str) -> bool:
+    """Return whether a part of a pattern, which leads to `path`, is a name: no wildcards, or brackets of a folder."""
+    return not re.search(r"[*?\[]", step) or ("[" in step and _kind(fs, path) == "directory")
+
+
+def _matching(fs: Any, folder: str, pattern: str) -> list[str]:
+    """Return the paths of the files below a folder that match a pattern, and of folders there that cannot be listed."""
+    steps = [part for part in pattern.split("/") if part not in ("", ".") or "s3" in fs.protocol]
+    if any("**" in step and step != "**" for step in steps):
+        raise ValueError(f"the pattern {pattern!r} is not valid: '**' stands alone between slashes, as in '**/*.mp4'")
+    closed: list[str] = []
+
+    def listed(at: str, deep: bool = False) -> dict[str, bool]:
+        try:
+            return _names_below(fs, at, closed.append) if deep else _names_in(fs, at)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except PermissionError:
+            if at == folder:
+                raise
+            closed.append(at)
+            return {}
+
+    def next_folders(at: str, step: str) -> list[str]:
+        if _is_literal(fs, step, f"{at}/{step}"):
+            return [f"{at}/{step}"]
+        return [f"{at}/{name}" for name, is_folder in listed(at).items() if is_folder and _is_named(name, step)]
+
+    folders = [folder]
+    with ThreadPoolExecutor(_LIST_THREADS) as pool:
+        while len(steps) > 1 and steps[0] != "**":
+            step = steps.pop(0)
+            folders = [found for some in pool.map(partial(next_folders, step=step), folders) for found in some]
+        found = list(pool.map(partial(listed, deep=steps[0] == "**"), folders))
+    files = [
+        f"{at}/{name}"
+        for at, names in zip(folders, found, strict=True)
+        for name, is_folder in names.items()
+        if not is_folder and _fits(name.split("/"), steps)
+    ]
+    return [*files, *closed]
+
+
+_LIST_THREADS = 16  # waiting for storage, not computing
+
+
+def _names_in(fs: Any, folder: str) -> dict[str, bool]:
+    """Return the names in a folder, and whether each is a folder."""
+    if not _is_local_fs(fs):
+        return {name: info["type"] == "directory" for name, info in _remote_entries(fs, folder, depth=1).items()}
+    with os.scandir(folder or "/") as entries:
+        return {entry.name: os.path.isdir(entry) if entry.is_symlink() else entry.is_dir() for entry in entries}
+
+
+def _names_below(fs: Any, folder: str, on_closed: Callable[[str], None]) -> dict[str, bool]:
+    """Return the relative paths of the files below a folder, none of which is a folder."""
+    if not _is_local_fs(fs):
+        return dict.fromkeys(_remote_entries(fs, folder), False)
+
+    root = folder or "/"
+
+    def on_error(error: OSError) -> None:
+        if error.filename == root:
+            raise error
+        if "/." not in error.filename[len(folder) :]:  # a hidden folder is not asked for
+            on_closed(error.filename)
+
+    return dict.fromkeys(_walk_local(root, on_error), False)
+
+
+def _fits(parts: Sequence[str], steps: Sequence[str]) -> bool:
+    """Return whether the path of a file fits a pattern, both in their parts."""
+    if not steps:
+        return not parts
+    if steps[0] == "**":
+        crossed = len(list(takewhile(lambda part: not part.startswith("."), parts)))
+        return any(_fits(parts[skipped:], steps[1:]) for skipped in range(crossed + 1))
+    return bool(parts) and _is_named(parts[0], steps[0], last=len(parts) == 1) and _fits(parts[1:], steps[1:])
+
+
+def _is_named(name: str, pattern: str, last: bool = False) -> bool:
+    """Return whether a name fits one part of a pattern. last: of a file, whose ending may be in capitals."""
+    if name.startswith(".") and not pattern.startswith("."):
+        return False
+    if name == pattern or fnmatchcase(name, pattern):
+        return True
+    (stem, _, ending), (stems, dot, endings) = name.rpartition("."), pattern.rpartition(".")
+    return last and dot != "" and endings.isalnum() and ending.lower() == endings.lower() and fnmatchcase(stem, stems)
 
 
 def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -837,6 +1093,7 @@ def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> s
     """
     fs, path = open_fs(uri, storage_options)
     with _translating("look up", uri):
+        _check_regular(fs, path)
         info = fs.info(path)
         if info["type"] == "directory":
             raise IsADirectoryError(f"{path} is a folder, not a file")
@@ -852,7 +1109,9 @@ def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None) -> str
     """
     fs, path = open_fs(uri, storage_options)
     digest = hashlib.sha256()
-    with _translating("read", uri), fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    with _translating("read", uri):
+        _check_regular(fs, path)
+        with fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.job import JOBS_OWN, TAGS, Job, OwnSettings, Table, is_tag
+from pipeline.store import public_uri
 
 
 class PlanError(ValueError):
@@ -154,12 +155,13 @@ def read_table(uri: str, job: Job, needed: set[str]) -> tuple[list[str], list[di
 
     needed: columns of texts that the table must have, by which a CSV file's separator is found.
     """
+    address, uri = uri, public_uri(uri)
     ending = uri.rsplit(".", 1)[-1].lower()
     if ending not in _READERS:
         raise PlanError(
             f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
         )
-    data = job.read(uri)
+    data = job.read(address)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise PlanError(f"{uri}: it is UTF-16, as some spreadsheets write it. Save it as UTF-8.")
     try:

@@ -158,7 +158,7 @@ def used_reference(row: Mapping[str, Any]) -> UsedReference | None:
     video = json.loads(row["spec_json"])["video"] if row["spec_json"] else None
     if row["reference_uri"] is None or video is None:
         return None
-    return UsedReference(Input(row["reference_uri"], row["reference_sha256"]), video)
+    return UsedReference(Input.recorded(row["reference_uri"], row["reference_sha256"]), video)
 
 
 def motion_id(row: Mapping[str, Any]) -> str | None:

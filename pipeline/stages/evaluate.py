@@ -95,5 +95,5 @@ class EvaluateRow:
         video = json.loads(made["spec_json"])["video"]
         if made["reference_uri"] is None or video is None:
             return None
-        source = Input(made["reference_uri"], made["reference_sha256"])
+        source = Input.recorded(made["reference_uri"], made["reference_sha256"])
         return read_video(read_unchanged(source, self._job), **video, name=source.uri).frames

@@ -80,7 +80,7 @@ def read_clip(source: Input, settings: References, job: Job) -> Clip:
 
     Raises VideoError, ChangedInputError, StoreError, or OSError.
     """
-    check_size(source.uri, job)
+    check_size(source, job)
     with bounded_memory(settings.max_memory_bytes):
         return read_video(
             read_unchanged(source, job),
@@ -96,12 +96,12 @@ def read_clip(source: Input, settings: References, job: Job) -> Clip:
         )
 
 
-def check_size(uri: str, job: Job) -> None:
+def check_size(source: Input, job: Job) -> None:
     """Raise OversizedVideoError for a reference that is larger than `references.max_bytes`, at the cost of a look-up.
 
     A file that cannot be looked up passes: reading it tells why in the storage's own words.
     """
-    fs, path = open_fs(uri, job.storage_options)
+    fs, path = open_fs(source.source, job.storage_options)
     try:
         size = fs.info(path).get("size")
     except OSError:
@@ -109,8 +109,8 @@ def check_size(uri: str, job: Job) -> None:
     limit = job.references.max_bytes
     if size is not None and size > limit:
         raise OversizedVideoError(
-            f"{uri}: the file has {size} bytes, more than the accepted {limit}. Cut out the part that is used (ffmpeg "
-            "-ss FROM -t SECONDS -i IN OUT.mp4), or raise references.max_bytes and references.max_memory_bytes."
+            f"{source.uri}: the file has {size} bytes, more than the accepted {limit}. Cut out the part that is used "
+            "(ffmpeg -ss FROM -t SECONDS -i IN OUT.mp4), or raise references.max_bytes and references.max_memory_bytes."
         )
 
 
@@ -139,7 +139,7 @@ def bounded_memory(extra_bytes: int) -> Iterator[None]:
 
 def read_unchanged(source: Input, job: Job) -> bytes:
     """Return the bytes of a reference or bank; ChangedInputError if they are not those that were planned."""
-    data = node_cache(job).read(source.uri, source.sha256, lambda: job.read(source.uri))
+    data = node_cache(job).read(source.uri, source.sha256, lambda: job.read(source.source))
     found = hashlib.sha256(data).hexdigest()
     if source.sha256 not in (None, found):
         raise ChangedInputError(

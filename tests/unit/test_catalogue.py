@@ -110,6 +110,17 @@ def test_reading_leaves_the_index_as_it_is(banks):
     assert not banks.store.exists(INDEX_KEY)
 
 
+def test_a_bank_that_may_not_be_read_is_left_out_and_the_others_are_not(s3, s3_store):
+    for name in ("left", "right"):
+        s3_store.put(f"{name}.safetensors", handmade_bank().to_bytes())
+    s3.fail(403, "InvalidObjectState", lambda request: request.startswith("GET") and "left.safetensors" in request)
+    contents = Catalogue(s3_store).read()
+    assert contents.table["id"].to_pylist() == ["right"]
+    assert "archived (Glacier)" in contents.refused["left.safetensors"]
+    count, (problem,) = check_banks(s3_store.uri, {})
+    assert (count, problem.key) == (2, "left.safetensors")
+
+
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(banks, monkeypatch):
     def refuse(*_):
         raise StoreUnwritableError("read-only")

@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -910,3 +914,45 @@ def test_a_picture_of_a_motion_that_is_not_extracted_is_refused_before_the_work(
     assert errors_of(result) == [
         "error: --picture draws a reference's attention motion flow: it needs --method ditflow and no --bank"
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+WAITS = {
+    "a thread that opens a FIFO": "with ThreadPoolExecutor() as pool: pool.submit(open, sys.argv[1]).result()",
+    "the main thread, in native code": "lock = ctypes.create_string_buffer(64); [mutex(lock), mutex(lock)]",
+}
+WAITING = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+import typer
+from jobs import cli
+
+mutex = ctypes.CDLL(None).pthread_mutex_lock
+app = typer.Typer()
+
+@app.command()
+def wait(fifo: str):
+    with cli.expected_errors():
+        print("ready", flush=True)
+        {wait}
+
+cli.app, cli._SECONDS_TO_STOP = app, 1.0
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("waiting", WAITS)
+def test_a_signal_ends_a_command_whatever_it_waits_for(tmp_path, waiting, number):
+    os.mkfifo(tmp_path / "fifo")
+    program = WAITING.format(wait=WAITS[waiting])
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "fifo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        assert command.stdout.readline() == b"ready\n"
+        command.send_signal(number)
+        try:
+            assert command.wait(120) == 128 + number
+        finally:
+            command.kill()

@@ -1,10 +1,14 @@
 """Facts about the plan: which rows a job has, what their ids depend on, and which of them are left to do."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby, product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +28,7 @@ from pipeline.job import Banks, Job, Output, Pool, References, Resources, Table
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, PlanError, WorkRow, make_plan
 from pipeline.record import make_row
-from pipeline.store import Store, StoreError, StoreMissingError, sha256_of
+from pipeline.store import Store, StoreCredentialsError, StoreError, StoreMissingError, read_uri, sha256_of
 from pipeline.tables import read_pairs, read_prompts
 
 DEFAULTS = ModelDefaults(blocks=(1,))
@@ -822,7 +826,7 @@ def test_a_missing_file_in_a_pairing_is_a_row_that_will_fail(local_job, local_st
 @pytest.mark.parametrize("end", ["gone.mp4", "none/*.mp4", "*.mov"])
 def test_a_single_uri_that_names_nothing_is_refused(local_job, end):
     uri = f"{local_job.references.uri}/{end}"
-    with pytest.raises(StoreMissingError, match="no file matches"):
+    with pytest.raises(StoreMissingError, match="does not exist" if end == "gone.mp4" else "no file matches"):
         plan(replace(local_job, references=replace(local_job.references, uri=uri)))
 
 
@@ -940,3 +944,103 @@ def test_credentials_in_the_storage_options_are_refused_before_anything_is_read(
     with pytest.raises(StoreError, match="credentials"):
         plan(replace(local_job, storage_options={"key": "AKIA", "secret": "hidden"}))
     assert hashed == []
+
+
+# ----------------------------------------------------------------------------------------------- odd and signed inputs
+
+
+def reference_rows(job: Job) -> dict[str, str | None]:
+    return {row.reference.uri.rsplit("/", 1)[-1]: row.reference.sha256 for row in plan(job).todo}
+
+
+def test_an_entry_that_cannot_be_read_costs_its_own_rows_only(local_job):
+    folder = folder_of(local_job)
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "self.mp4").symlink_to("self.mp4")
+    (folder / "gone.mp4").symlink_to("nowhere")
+    known = reference_rows(local_job)
+    assert [name for name, sha256 in known.items() if sha256 is None] == ["gone.mp4", "pipe.mp4", "self.mp4"]
+    assert known["a.mp4"] is not None
+
+
+def test_one_of_several_addresses_that_makes_no_sense_costs_its_own_rows_only(local_job):
+    uris = (f"{local_job.references.uri}/a.mp4", "nonsense://x/b.mp4", f"{local_job.references.uri}/*.mov")
+    found = reference_rows(replace(local_job, references=replace(local_job.references, uri=uris)))
+    assert {name: sha256 is None for name, sha256 in found.items()} == {"a.mp4": False, "b.mp4": True, "*.mov": True}
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidObjectState"])
+def test_a_refused_object_costs_its_own_rows_only(s3, s3_store, code):
+    references = put(Store(f"{s3_store.uri}/refs"), {"a.mp4": b"first", "b.mp4": b"second"})
+    job = _job(references, f"{s3_store.uri}/out")
+    s3.fail(403, code, lambda request: request.startswith("GET") and request.endswith("/refs/b.mp4"))
+    assert {name: sha256 is None for name, sha256 in reference_rows(job).items()} == {"a.mp4": False, "b.mp4": True}
+
+
+def test_credentials_that_the_storage_does_not_take_stop_the_plan(s3, s3_store):
+    references = put(Store(f"{s3_store.uri}/refs"), {"a.mp4": b"first", "b.mp4": b"second"})
+    job = _job(references, f"{s3_store.uri}/out")
+    s3.fail(403, "ExpiredToken", lambda request: request.startswith("GET") and request.endswith("/refs/b.mp4"))
+    with pytest.raises(StoreCredentialsError):
+        plan(job)
+
+
+def test_a_name_that_is_no_utf8_makes_rows_that_a_manifest_can_hold(local_job):
+    name = os.fsencode(folder_of(local_job)) + b"/caf\xe9.mp4"
+    Path(os.fsdecode(name)).write_bytes(b"third")
+    row = next(row for row in plan(local_job).todo if "caf" in row.reference.uri)
+    assert row.reference.uri.encode().endswith(b"/caf%E9.mp4")
+    travelled = WorkRow.from_json(row.to_json().encode().decode())
+    assert read_uri(travelled.reference.source) == b"third"
+
+
+@pytest.fixture
+def signed(tmp_path) -> Iterator[Callable[[str], str]]:
+    """A web server that gives a file to those who know its signature: returns the address of a file with one."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"first")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self) -> None:
+            super().do_GET() if "X-Token=valid" in self.path else self.send_error(403)
+
+        def do_HEAD(self) -> None:  # a URL is signed for one method
+            self.send_error(403)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield lambda signature, name="a.mp4": f"http://127.0.0.1:{server.server_port}/{name}?X-Token={signature}"
+        server.shutdown()
+
+
+def test_a_signature_is_in_no_file_and_decides_no_id(signed, local_job):
+    def job(signature: str) -> Job:
+        return replace(local_job, references=replace(local_job.references, uri=signed(signature)), seeds=(1,))
+
+    first, again = plan(job("valid-1")), plan(job("valid-2"))
+    assert [row.row_id for row in first.todo] == [row.row_id for row in again.todo]
+    source = first.todo[0].reference
+    assert (source.uri, source.source) == (signed("").split("?")[0], signed("valid-1"))
+    assert source.sha256 == sha256(b"first").hexdigest()
+    assert "valid" not in repr(source)
+    assert all(b"valid" not in local_job.store().read(key) for key in local_job.store().list())
+
+
+def test_rows_keep_their_ids_when_a_signature_has_expired(signed, local_job):
+    def ids_with(signature: str) -> list[str]:
+        uris = (signed(signature), signed(signature, "gone.mp4"))
+        return ids(replace(local_job, references=replace(local_job.references, uri=uris)))
+
+    assert ids_with("valid") == ids_with("expired")
+
+
+def test_a_table_may_hold_signed_addresses_and_have_one(signed, local_job, local_store, tmp_path):
+    write_table(Store(str(tmp_path / "web")), "pairs.csv", {"reference": [signed("valid")], "prompt": ["x"]})
+    job = replace(local_job, pairing=Table(signed("valid", "pairs.csv")), seeds=(1,))
+    assert [row.reference.uri for row in plan(job).todo] == [signed("").split("?")[0]]

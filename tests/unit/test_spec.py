@@ -638,6 +638,41 @@ def test_no_credential_is_in_the_resolved_spec(load, options):
     assert SECRET not in resolved
 
 
+SIGNED = "https://user:s3cr3t@host/a.mp4?X-Other-Token=s3cr3t"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"references.uri={SIGNED}",
+        f"references.uri=['{SIGNED}', b.mp4]",
+        f"prompts={{uri: '{SIGNED}'}}",
+        f"pairing={{uri: '{SIGNED}'}}",
+        f"banks.uri={SIGNED}",
+    ],
+)
+def test_no_signature_of_a_url_is_in_the_resolved_spec(load, override):
+    ready = load(overrides=(override,))
+    assert SIGNED in str(ready.job), "what is run has it"
+    assert "https://host/a.mp4" in ready.yaml
+    assert "s3cr3t" not in ready.yaml
+
+
+def test_a_value_that_is_refused_is_shown_without_half_of_its_signature(load):
+    long = f"https://host/{'a' * 300}?X-Other-Token={'s3cr3t' * 30}"
+    with pytest.raises(SpecError) as caught:
+        load(overrides=(f"references.frames={long}",))
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["${OUT}/run", "s3:bucket/run"])
+def test_an_output_that_is_no_place_is_refused_by_its_key(load, uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"output\.uri: .*(is not filled in here|Write s3://bucket/run)"):
+        load(overrides=(f"output.uri='{uri}'",))
+    assert not list(tmp_path.glob("*OUT*")) + list(tmp_path.glob("s3:*"))
+
+
 def test_options_that_are_no_credentials_are_kept(load):
     options = {"endpoint_url": "http://127.0.0.1:9000", "config_kwargs": {"read_timeout": 120}}
     assert load(overrides=(f"storage_options={options}",)).job.storage_options == options

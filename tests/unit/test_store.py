@@ -1,12 +1,15 @@
 """Facts about the storage: what a reader can see, who wins, what an error says, and what it never says."""
 
+import ctypes
 import errno
 import hashlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -16,14 +19,17 @@ from s3fs import S3FileSystem
 import pipeline.store as store_module
 from pipeline.store import (
     Store,
+    StoreCredentialsError,
     StoreError,
     StoreForbiddenError,
     StoreMissingError,
     StoreUnwritableError,
+    absolute_uri,
     fingerprint,
     list_uris,
     open_fs,
     patiently,
+    public_uri,
     read_uri,
     redact,
     sha256_of,
@@ -394,7 +400,9 @@ def test_an_unknown_protocol_is_an_error_that_names_the_uri():
 # ------------------------------------------------------------------------------------------------- secrets
 
 
-@pytest.mark.parametrize("name", ["key", "secret", "token", "password", "Secret", "aws_secret_access_key"])
+@pytest.mark.parametrize(
+    "name", ["key", "secret", "token", "password", "Secret", "aws_secret_access_key", "Authorization", "sas_token"]
+)
 @pytest.mark.parametrize("nested", [False, True])
 def test_credentials_among_the_options_are_refused_by_name_without_their_value(name, nested):
     options = {name: "s3cr3t-value"}
@@ -418,7 +426,7 @@ LEAKS = [
     "https://user:{}@host/a.mp4", "s3://AKIAIOSFODNN7EXAMPLE:{}@bucket/a", "postgresql://{}@host/db",
     "https://host/a.mp4?X-Amz-Credential={}&x=1", "https://host/a.mp4?x=1&X-Amz-Signature={}",
     "https://host/a?X-Amz-Security-Token={}", "https://host/a?AWSAccessKeyId=A&Signature={}",
-    "https://host/a?sv=1&sig={}",
+    "https://host/a?sv=1&sig={}", "https://host/a?unknown-name={}", "https://user:p@{}@host/a",
 ]  # fmt: skip
 
 
@@ -439,7 +447,7 @@ def test_access_key_ids_and_the_environments_secrets_are_redacted_wherever_they_
 @pytest.mark.parametrize(
     "text",
     ["s3://bucket/refs/a b@2x.mp4", "file:///data/0123456789abcdef0123456789abcdef01234567.mp4",
-     "https://host:8080/a.mp4?size=3&page=2", "the tokenizer failed", "a secretary types at http://host/a@b"],
+     "https://host:8080/a.mp4", "the tokenizer failed", "a secretary types at http://host/a@b"],
 )  # fmt: skip
 def test_harmless_text_stays_as_it_is(text):
     assert redact(text) == text
@@ -480,7 +488,7 @@ def test_a_file_a_folder_and_a_pattern_name_files(references, uri, glob, found):
     assert list_uris(f"{references.uri}/{uri}", glob) == [references.uri_of(key) for key in found]
 
 
-@pytest.mark.parametrize(("uri", "glob"), [("refs", "*.avi"), ("nothing", "*.mp4"), ("nothing/*.mp4", "*")])
+@pytest.mark.parametrize(("uri", "glob"), [("refs", "*.avi"), ("nothing/*.mp4", "*")])
 def test_a_pattern_without_matches_is_an_error(references, uri, glob):
     with pytest.raises(StoreMissingError, match="no file matches"):
         list_uris(f"{references.uri}/{uri}", glob)
@@ -525,6 +533,257 @@ def test_the_hash_is_of_every_piece_of_a_streamed_file(store, monkeypatch):
     assert sha256_of(store.uri_of("a")) == hashlib.sha256(data).hexdigest()
     with pytest.raises(StoreMissingError):
         sha256_of(store.uri_of("nothing"))
+
+
+# ---------------------------------------------------------------------------------------------- odd entries
+
+
+def names_of(folder: Path | str, glob: str = "*.mp4") -> list[str]:
+    return [uri.rsplit("/", 1)[-1] for uri in list_uris(str(folder), glob)]
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"a")
+    return folder
+
+
+@pytest.fixture
+def without_privileges():
+    """Permissions count for root too while this thread, and those that it starts, lack CAP_DAC_*."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(before[0] & ~0b110, *before[1:])) == 0
+    yield
+    assert libc.capset(header, before) == 0
+
+
+def special_file(path: Path, kind: str) -> None:
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as unix, chdir(path.parent):
+            unix.bind(path.name)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+def test_only_regular_files_are_opened(clips, kind):
+    special_file(clips / "b.mp4", kind)
+    assert names_of(clips) == ["a.mp4", "b.mp4"]
+    for act in (read_uri, fingerprint, sha256_of, lambda uri: Store(str(clips)).read_start("b.mp4", 1)):
+        with pytest.raises(StoreError, match=f"it is a {kind}.*only regular files are read") as caught:
+            act(f"file://{clips}/b.mp4")
+        assert not caught.value.transient
+
+
+@pytest.mark.parametrize("glob", ["*.mp4", "**/*.mp4"])
+def test_a_link_that_leads_nowhere_or_to_itself_is_listed_and_cannot_be_read(clips, glob):
+    (clips / "gone.mp4").symlink_to("nowhere.mp4")
+    (clips / "self.mp4").symlink_to("self.mp4")
+    assert names_of(clips, glob) == ["a.mp4", "gone.mp4", "self.mp4"]
+    with pytest.raises(StoreMissingError, match=r"symbolic link to 'nowhere\.mp4'"):
+        fingerprint(f"{clips}/gone.mp4")
+    with pytest.raises(StoreError, match="symbolic links"):
+        fingerprint(f"{clips}/self.mp4")
+    assert names_of(clips / "self.mp4") == ["self.mp4"]
+
+
+def test_links_to_folders_above_are_not_followed_for_ever(clips):
+    (clips / "one").mkdir()
+    (clips / "one" / "b.mp4").write_bytes(b"b")
+    for name, target in {"here": ".", "one/up": "..", "one/above": "../..", "other": "one"}.items():
+        (clips / name).symlink_to(target)
+    found = [uri.removeprefix(f"file://{clips}/") for uri in list_uris(str(clips), "**/*.mp4")]
+    assert found == ["a.mp4", "one/b.mp4", "other/b.mp4"]
+    assert Store(str(clips)).list() == found
+
+
+def test_a_folder_that_cannot_be_listed_matters_only_to_patterns_that_lead_into_it(clips, without_privileges):
+    (clips / "lost+found").mkdir()
+    (clips / ".Trash").mkdir(mode=0)
+    (clips / "lost+found").chmod(0)
+    assert names_of(clips) == ["a.mp4"]
+    for glob in ("**/*.mp4", "*/*.mp4"):
+        assert names_of(clips, glob)[-1] == "lost+found"
+    with pytest.raises(StoreForbiddenError, match=r"lost\+found': access was refused.*permissions"):
+        fingerprint(f"{clips}/lost+found")
+    with pytest.raises(StoreForbiddenError):
+        list_uris(f"{clips}/lost+found")
+
+
+def test_no_folder_above_or_beside_the_pattern_is_looked_into(clips, monkeypatch):
+    (clips / "sub" / "deep").mkdir(parents=True)
+    (clips / "sub" / "b.mp4").write_bytes(b"b")
+    looked_into, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_into.append(str(path)) or scandir(path))
+    assert names_of(f"{clips}/*.mp4") == names_of(clips) == ["a.mp4"]
+    assert set(looked_into) == {str(clips)}
+    assert names_of(clips.parent, "clips/s*/*.mp4") == ["b.mp4"]
+    assert str(clips / "sub" / "deep") not in looked_into
+
+
+def test_only_the_level_that_is_asked_for_is_listed_on_s3(s3, s3_store):
+    s3.fill(s3_store.uri, ["refs/a.mp4", "refs/day/b.mp4", "refs/day/deep/c.mp4", "elsewhere/d.mp4"])
+    s3.requests.clear()
+    assert list_uris(f"{s3_store.uri}/refs", "*/*.mp4") == [f"{s3_store.uri}/refs/day/b.mp4"]
+    assert all("delimiter=%2F" in request for request in s3.requests if "list-type" in request)
+
+
+@pytest.mark.parametrize("name", ["[2024]", "take [1] of 3"])
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(store, name):
+    store.put(f"{name}/a.mp4", b"a")
+    store.put("2/b.mp4", b"b")
+    assert list_uris(f"{store.uri}/{name}/*.mp4") == [store.uri_of(f"{name}/a.mp4")]
+    assert list_uris(store.uri, f"{name}/*.mp4") == [store.uri_of(f"{name}/a.mp4")]
+    with pytest.raises(StoreMissingError, match="none.mp4' does not exist"):
+        list_uris(f"{store.uri}/{name}/none.mp4")
+
+
+def test_brackets_are_a_pattern_where_no_folder_has_the_name(store):
+    store.put("2/b.mp4", b"b")
+    assert list_uris(f"{store.uri}/[2024]/*.mp4") == [store.uri_of("2/b.mp4")]
+    with pytest.raises(StoreMissingError, match=r"a bracket that is part of a name is written \[\[\]"):
+        list_uris(f"{store.uri}/[3]/*.mp4")
+
+
+def test_an_object_with_the_name_of_a_folder_hides_no_file_of_it(s3, s3_store):
+    s3.fill(s3_store.uri, ["refs", "refs/", "refs/a.mp4", "b.mp4", "b.mp4/part"])
+    found = [f"{s3_store.uri}/refs/a.mp4"]
+    assert list_uris(f"{s3_store.uri}/refs", "*.mp4") == list_uris(f"{s3_store.uri}/refs/", "*.mp4") == found
+    assert list_uris(f"{s3_store.uri}/refs", "**/*.mp4") == found
+    assert list_uris(f"{s3_store.uri}/b.mp4", "*.mp4") == [f"{s3_store.uri}/b.mp4"]
+
+
+def test_keys_below_a_leading_slash_are_listed_and_written(s3):
+    store = Store(f"s3://{s3.new_bucket()}//lead")
+    store.put("refs/a.mp4", b"a")
+    store.put("refs/day/b.mp4", b"b")
+    assert store.list() == ["refs/a.mp4", "refs/day/b.mp4"]
+    for glob, keys in {"*.mp4": ["refs/a.mp4"], "**/*.mp4": store.list(), "*/*.mp4": ["refs/day/b.mp4"]}.items():
+        assert list_uris(f"{store.uri}/refs/", glob) == [store.uri_of(key) for key in keys]
+    assert read_uri(list_uris(f"{store.uri}/r*/*.mp4")[0]) == b"a"
+
+
+def test_a_file_uri_may_name_the_host_and_be_percent_encoded(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "c%20d.mp4").write_bytes(b"x")
+    found = [f"file://{tmp_path}/a b/c%20d.mp4"]
+    for uri in (f"file://localhost{tmp_path}/a%20b", f"file://{tmp_path}/a%20b", f"file:{tmp_path}/a b", *found):
+        assert list_uris(uri, "*.mp4") == found
+    assert read_uri(f"file://localhost{tmp_path}/a b/c%20d.mp4") == b"x"
+    assert Store(f"file://localhost{tmp_path}").uri == Store(f"file:{tmp_path}").uri == f"file://{tmp_path}"
+
+
+def test_a_single_missing_file_is_said_to_be_missing(store):
+    with pytest.raises(StoreMissingError, match=r"gone\.mp4' does not exist"):
+        list_uris(f"{store.uri}/gone.mp4", "*.mp4")
+
+
+def test_an_ending_in_capitals_is_the_same_ending(store):
+    for name in ("a.mp4", "B.MP4", "c.Mp4", "A.mov"):
+        store.put(f"refs/{name}", b"x")
+    assert [uri.rsplit("/", 1)[-1] for uri in list_uris(f"{store.uri}/refs", "*.mp4")] == ["B.MP4", "a.mp4", "c.Mp4"]
+    assert list_uris(f"{store.uri}/refs/a*.mp4") == [store.uri_of("refs/a.mp4")]
+
+
+def test_hidden_folders_are_passed_over_unless_the_pattern_names_them(store):
+    store.put("refs/.cache/a.mp4", b"x")
+    store.put("refs/b.mp4", b"x")
+    assert list_uris(f"{store.uri}/refs", "**/*.mp4") == [store.uri_of("refs/b.mp4")]
+    assert list_uris(f"{store.uri}/refs", ".c*/*.mp4") == [store.uri_of("refs/.cache/a.mp4")]
+
+
+def test_a_pattern_that_mixes_two_stars_with_a_name_is_refused(store):
+    store.put("refs/b.mp4", b"x")
+    with pytest.raises(StoreError, match=r"stands alone between slashes"):
+        list_uris(f"{store.uri}/refs", "**.mp4")
+
+
+def test_a_refused_object_does_not_blame_the_credentials(s3, s3_store):
+    s3_store.put("a", b"x")
+    s3.fail(403, "AccessDenied")
+    for act in (read_uri, fingerprint, sha256_of):
+        with pytest.raises(StoreForbiddenError, match="access was refused") as caught:
+            act(s3_store.uri_of("a"))
+        assert "AWS_PROFILE" not in str(caught.value)
+        assert not isinstance(caught.value, StoreCredentialsError)
+    s3.fail(403, "InvalidObjectState")
+    with pytest.raises(StoreForbiddenError, match=r"archived \(Glacier\): restore it"):
+        read_uri(s3_store.uri_of("a"))
+    s3.fail(403, "InvalidAccessKeyId")
+    with pytest.raises(StoreCredentialsError, match="AWS_PROFILE"):
+        read_uri(s3_store.uri_of("a"))
+
+
+# ------------------------------------------------------------------------------------- addresses that are written down
+
+
+@pytest.mark.parametrize(
+    ("uri", "written"),
+    [
+        ("https://host/a b.mp4?X-Amz-Signature=abc&next=https://x/y", "https://host/a b.mp4"),
+        ("https://user:p@ss@host:8/a@b.mp4?t=1#f", "https://host:8/a@b.mp4"),
+        ("simplecache::https://user@host/a.mp4?sig=x", "simplecache::https://host/a.mp4"),
+        ("sftp://me:secret@host/a?b.mp4", "sftp://host/a?b.mp4"),
+        ("s3://bucket/q?x=1&y#z@w.mp4", "s3://bucket/q?x=1&y#z@w.mp4"),
+        ("file:///a/q?x@y#z%20.mp4", "file:///a/q?x@y#z%20.mp4"),
+        ("file:///a/caf\udce9 %.mp4", "file:///a/caf%E9 %25.mp4"),
+    ],
+)
+def test_what_is_written_of_an_address_holds_no_secret(uri, written):
+    assert public_uri(uri) == public_uri(written) == written or "\udce9" in uri
+    assert public_uri(uri) == written
+
+
+def test_a_name_that_is_no_utf8_is_found_again_by_what_is_written_of_it(tmp_path):
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9%.mp4")).write_bytes(b"x")
+    (found,) = list_uris(str(tmp_path), "*.mp4")
+    written = public_uri(found)
+    assert written.encode().endswith(b"/caf%E9%25.mp4")
+    assert read_uri(absolute_uri(written)) == read_uri(found) == b"x"
+
+
+@pytest.mark.parametrize(
+    "uri", ["${OUT}/run", "$OUT/run", "s3://${BUCKET}/run", "$(pwd)/run", "{{ out }}/run", "~nobody-here/run"]
+)
+def test_a_variable_that_nobody_filled_in_makes_no_folder(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="is not filled in here"):
+        Store(uri)
+
+
+def test_a_folder_that_is_called_like_a_variable_can_be_used(tmp_path):
+    (tmp_path / "$cash").mkdir()
+    Store(f"{tmp_path}/$cash").put("a", b"x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"), [("s3:bucket/run", "s3://bucket/run"), ("s3:/bucket/run", "s3://bucket/run")]
+)
+def test_a_protocol_without_slashes_is_refused_with_the_address_that_was_meant(uri, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for act in (Store, list_uris, read_uri):
+        with pytest.raises(StoreError, match=f"Write {meant}"):
+            act(uri)
+    (tmp_path / "s3:bucket").mkdir()
+    Store("s3:bucket").put("a", b"x")
+    assert Store("take:1/run").uri == f"file://{tmp_path}/take:1/run"
+
+
+@pytest.mark.parametrize("uri", ["https://host/banks?sig=x", "https://user:pass@host/banks"])
+def test_a_folder_with_secrets_in_its_address_is_refused(uri):
+    with pytest.raises(StoreError, match="holds a password or a signature") as caught:
+        Store(uri)
+    assert "sig=x" not in str(caught.value)
+    assert "pass@" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------- left-overs
