@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jobs.streams import outlived, prepare
+
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
     from pipeline.job import Job
@@ -60,6 +62,7 @@ StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    prepare()
     app()
 
 
@@ -163,7 +166,7 @@ def transfer(
         if bank is None:
             _fail("PROMPT is missing: give REFERENCE and PROMPT; only with --bank is PROMPT enough", WRONG_REQUEST)
         prompt = reference
-    with expected_errors():
+    with outlived(), expected_errors():
         summary = single.transfer(
             single.ReferenceClip(reference, frames, height, width, start, stride)
             if bank is None
@@ -184,8 +187,8 @@ def transfer(
             plot=plot,
             picture=picture,
         )
-    if as_json:
-        _emit(**summary)
+        if as_json:
+            _emit(**summary)
 
 
 @app.command()
@@ -210,7 +213,7 @@ def extract(
     from ditflow.settings import MethodSettings
     from jobs import single
 
-    with expected_errors():
+    with outlived(), expected_errors():
         summary = single.extract(
             single.ReferenceClip(reference, frames, height, width, start, stride),
             output,
@@ -219,8 +222,8 @@ def extract(
             screen=screen,
             plot=plot,
         )
-    if as_json:
-        _emit(**summary)
+        if as_json:
+            _emit(**summary)
 
 
 # ---------------------------------------------------------------------------------------------------------- jobs
@@ -271,7 +274,7 @@ def run(
     ditflow run jobs/quickstart.yaml
     ditflow run my-job.yaml --set model.path=mini --retry failed
     """
-    with expected_errors():
+    with outlived(), expected_errors():
         valid = {"failed", "quarantined"}
         if not set(retry or ()) <= valid:
             raise ValueError(f"--retry: {retry} is not valid: expected {' or '.join(sorted(valid))}")
@@ -442,7 +445,7 @@ def evaluate(
     from pipeline.comparison import compare
     from pipeline.job import Job, Output
 
-    with expected_errors():
+    with outlived(), expected_errors():
         settings = MetricSettings(
             names=tuple(metric or MetricSettings.names),
             tracker=tracker,
@@ -478,10 +481,10 @@ def report(
 
     from jobs.gallery import write_gallery
 
-    with expected_errors():
+    with outlived(), expected_errors():
         written = write_gallery(_store(output, storage), references, screen)
-    if as_json:
-        _emit(**asdict(written))
+        if as_json:
+            _emit(**asdict(written))
 
 
 @manifest_app.command("show")
@@ -521,11 +524,12 @@ def manifest_compact(
     from pipeline.lease import Lease
     from pipeline.manifest import Manifest
 
-    with expected_errors(), Lease(_store(output, storage), on_wait=_tell_of_wait):
-        merged = Manifest(_store(output, storage)).compact()
-    screen.print(f"{merged} files of single rows merged")
-    if as_json:
-        _emit(merged=merged)
+    with outlived(), expected_errors():
+        with Lease(_store(output, storage), on_wait=_tell_of_wait):
+            merged = Manifest(_store(output, storage)).compact()
+        screen.print(f"{merged} files of single rows merged")
+        if as_json:
+            _emit(merged=merged)
 
 
 @manifest_app.command("verify")
@@ -644,11 +648,11 @@ def bank_export(
     \b
     ditflow bank export outputs/banks s3://bucket/walks --where "list_contains(tags, 'walk')"
     """
-    with expected_errors():
+    with outlived(), expected_errors():
         from jobs.banks import exported
 
         count = exported(banks, target, _options(storage), where, screen.print)
-    screen.print(f"{count} banks copied to {target}")
+        screen.print(f"{count} banks copied to {target}")
 
 
 def _store(output: str, storage: str) -> Any:
@@ -705,7 +709,7 @@ def frames_to_clips(
     """
     from jobs.clips import encode_frame_folders
 
-    with expected_errors():
+    with outlived(), expected_errors():
         for clip in encode_frame_folders(frames_folder, out_folder, fps):
             screen.print(str(clip))
 

@@ -58,6 +58,6 @@ def write_comparison(comparison: Comparison, file: Path) -> None:
         entries = [(entry.figure, entry.variant, entry.interval) for entry in of_all]
         plot_intervals([(figure, name, (i.mean, i.low, i.high)) for figure, name, i in entries], file)
     elif file.suffix in writers:
-        file.write_text(writers[file.suffix]())
+        file.write_text(writers[file.suffix](), encoding="utf-8")
     else:
         raise ValueError(f"--table: {file} is not valid: expected a name ending in {', '.join((*writers, '.png'))}")

@@ -79,7 +79,7 @@ def identify(path: str, *, download: bool = False) -> ModelIdentity:
 
 def _family(folder: Path) -> Any:
     """Return the module of this package whose PIPELINES name the folder's pipeline class."""
-    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipeline = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
     valid: list[str] = []
     for module in modules_of(__name__):
         if pipeline in getattr(module, "PIPELINES", ()):
@@ -129,7 +129,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     file = folder / "ditflow.json"
     if not file.is_file():
         return {}
-    values: dict[str, Any] = json.loads(file.read_text())
+    values: dict[str, Any] = json.loads(file.read_bytes())
     valid = [field.name for field in fields(ModelDefaults)]
     if unknown := sorted(set(values) - set(valid)):
         raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
