@@ -62,16 +62,22 @@ StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)
     prepare()
     app()
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM: the same as Ctrl-C."""
+    """The process was asked to end, by SIGTERM or SIGHUP: the same as Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 @contextmanager
@@ -82,7 +88,7 @@ def expected_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         screen.print("stopped. Run the same command again to go on where it stopped.")
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from stop
     except files as error:
         _fail(f"{error.filename}: {error.strerror}", WRONG_REQUEST)

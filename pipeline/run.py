@@ -84,24 +84,32 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        with _own_sigterm():
+        with _own_signals():
             ray.init(**quiet)
         return
     # Actors without a GPU must not lose sight of those that Ray does not manage; the core's own log has nothing to say.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _stderr_silenced(), _own_sigterm():
+    with _stderr_silenced(), _own_signals():
         # "local": never the cluster of somebody else that happens to run on this machine.
         ray.init("local", include_dashboard=False, object_store_memory=_LOCAL_OBJECT_STORE_BYTES, **quiet)
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this program's handler: Ray puts one of its own in its place, which aborts."""
+def _own_signals() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM: Ray puts one of its own in its place, which aborts.
+
+    Ray's processes inherit that SIGHUP is blocked: a terminal that closes sends it to all of them at once, and this
+    process has to stop them in order.
+    """
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
