@@ -189,7 +189,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Resources:
-    """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out).
+    """The actor pools. threads: CPU threads of torch in each actor (None: the CPUs that the driver may use, its
+    quota included, shared out).
 
     bank_bytes: motion banks that each actor of a `reuse` job keeps in memory, by the size of their files; the one that
     was used last is always kept.

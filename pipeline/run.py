@@ -15,6 +15,7 @@ import ray
 
 from pipeline import telemetry
 from pipeline.catalogue import Catalogue
+from pipeline.cpus import usable_cpus
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, finished_rows
 from pipeline.job import Job
@@ -233,6 +234,5 @@ def _with_threads(job: Job) -> Job:
     """Settle the number of CPU threads before the work begins: sums in another order give other bytes."""
     if job.resources.threads is not None:
         return job
-    cores = len(os.sched_getaffinity(0))
-    share = max(1, cores // job.resources.generate.bounds[1])
+    share = max(1, usable_cpus() // job.resources.generate.bounds[1])
     return replace(job, resources=replace(job.resources, threads=share))
