@@ -257,9 +257,10 @@ def plan(
             return
         check_output(spec.job)
         planned = _plan_of(spec, retry=())
+        cut = _print_plan(spec, planned)
         if as_json:
-            _emit(name=spec.job.name, kind=spec.job.kind, rows=planned.total, **planned.counts)
-        _print_plan(spec, planned)
+            counts = {"rows": planned.total, **planned.counts, "prompts_cut": cut}
+            _emit(name=spec.job.name, kind=spec.job.kind, **counts)
 
 
 @app.command()
@@ -367,11 +368,33 @@ def _to_measure(job: Job) -> list[Task]:
     return tasks
 
 
-def _print_plan(spec: ReadySpec, planned: Plan) -> None:
+def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
+    """Say what is planned; return how many prompts are too long for the model, None if that is not known."""
+    from ditflow import backbones
+    from jobs.table import printable
+    from pipeline.cache import local_model
+
     counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
     screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
+    prompts = planned.prompts
+    try:
+        limit = backbones.read_text_limit(local_model(spec.job))
+    except (OSError, ValueError) as error:  # what else such a folder lacks, the first row tells
+        screen.print(
+            f"warning: the lengths of the prompts were not checked, the model's tokenizer cannot be read: {error}"
+        )
+        return None
+    cut = limit.cut(prompts)
+    if cut:
+        first, tokens = next(iter(cut.items()))
+        screen.print(
+            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit.tokens} tokens that the model "
+            "reads; what comes after these changes nothing. The manifest marks their rows (prompt_cut). "
+            f"The first, of {tokens} tokens: {printable(f'{first:.100}')}"
+        )
+    return len(cut)
 
 
 @app.command()

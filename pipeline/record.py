@@ -91,6 +91,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("finished_at", _TIME, "UTC", "end of that attempt, before this record was written"),
     Column("versions_json", _TEXT, "JSON", "versions of the software used"),
     Column("execution_json", _TEXT, "JSON", "how it was run: checkpointing, serial CFG, attention, threads"),
+    Column("prompt_tokens", _SMALL, "tokens", "length of the prompt as the text encoder counts it"),
+    Column("prompt_cut", pa.bool_(), "", "whether the prompt was longer than what the text encoder reads, and was cut"),
 )
 PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
 """What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ditflow.backbones.base import Backbone, Geometry
+from ditflow.backbones.base import Backbone, Geometry, TextLimit
 from ditflow.backbones.revision import folder_revision
 from ditflow.registry import modules_of, plugin_folders
 from ditflow.settings import ExecutionSettings, ModelDefaults
@@ -75,6 +75,13 @@ def identify(path: str, *, download: bool = False) -> ModelIdentity:
     folder = find_model(path, download=download)
     geometry = _family(folder).read_geometry(folder, path, _own_defaults(folder))
     return ModelIdentity(path, folder_revision(folder), geometry)
+
+
+def read_text_limit(path: str, *, download: bool = False) -> TextLimit:
+    """Return how long a model's prompts may be, with its tokenizer; loads no weights."""
+    folder = find_model(path, download=download)
+    limit: TextLimit = _family(folder).read_text_limit(folder)
+    return limit
 
 
 def _family(folder: Path) -> Any:

@@ -25,7 +25,7 @@ list<float32>; loss_first float; loss_final float; seconds_read double; seconds_
 double; seconds_guidance double; seconds_denoise double; seconds_decode double; seconds_encode double; seconds_write
 double; seconds_total double; peak_memory_bytes int64; device string; node string; process int64; attempts int32;
 error_kind string; error_class string; error_message string; started_at timestamp[us, tz=UTC]; finished_at
-timestamp[us, tz=UTC]; versions_json string; execution_json string
+timestamp[us, tz=UTC]; versions_json string; execution_json string; prompt_tokens int32; prompt_cut bool
 """
 
 
