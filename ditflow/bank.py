@@ -97,7 +97,9 @@ class MotionBank:
     def as_learned(self, method: MethodSettings) -> MethodSettings:
         """Return the method with what it leaves open of this bank's use: how many steps are guided, and injected."""
         guided_steps = self.guided_steps if method.guided_steps is None else method.guided_steps
-        injected_steps = self.header.injected_steps if method.injected_steps is None else method.injected_steps
+        injected_steps = method.injected_steps
+        if injected_steps is None:  # a header that does not say is of a bank that was injected while it was guided
+            injected_steps = guided_steps if self.header.injected_steps is None else self.header.injected_steps
         return replace(method, guided_steps=guided_steps, injected_steps=injected_steps)
 
     def change(self, step: int) -> LearnedPosition:

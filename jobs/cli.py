@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jobs.streams import outlived, prepare
+
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
     from pipeline.job import Job
@@ -63,6 +65,9 @@ StorageOption = Annotated[str, typer.Option("--storage", help="fsspec options as
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)
+    prepare()
     _end_in_time()
     app()
 
@@ -72,7 +77,7 @@ _STOPPED_WAITING = "stopped without waiting for what is still being read or writ
 
 
 def _end_in_time() -> None:
-    """End this process soon after SIGINT or SIGTERM, whatever its threads wait for: Python waits for all of them.
+    """End this process soon after SIGINT, SIGTERM or SIGHUP: Python waits for all threads, whatever they wait for.
 
     The signal comes through a pipe, since handlers do not run while the main thread is in native code.
     """
@@ -82,7 +87,7 @@ def _end_in_time() -> None:
 
     def watch() -> None:
         number = None
-        while number not in (signal.SIGINT, signal.SIGTERM):
+        while number not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             number = os.read(arrived, 1)[0]
         time.sleep(_SECONDS_TO_STOP)
         os.write(2, _STOPPED_WAITING.encode())
@@ -92,11 +97,15 @@ def _end_in_time() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM: the same as Ctrl-C."""
+    """The process was asked to end, by SIGTERM or SIGHUP: the same as Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 @contextmanager
@@ -107,7 +116,7 @@ def expected_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         screen.print("stopped. Run the same command again to go on where it stopped.")
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from stop
     except files as error:
         _fail(f"{error.filename}: {error.strerror}", WRONG_REQUEST)
@@ -193,7 +202,7 @@ def transfer(
         if bank is None:
             _fail("PROMPT is missing: give REFERENCE and PROMPT; only with --bank is PROMPT enough", WRONG_REQUEST)
         prompt = reference
-    with expected_errors():
+    with outlived(), expected_errors():
         summary = single.transfer(
             single.ReferenceClip(reference, frames, height, width, start, stride)
             if bank is None
@@ -215,8 +224,8 @@ def transfer(
             plot=plot,
             picture=picture,
         )
-    if as_json:
-        _emit(**summary)
+        if as_json:
+            _emit(**summary)
 
 
 @app.command()
@@ -241,7 +250,7 @@ def extract(
     from ditflow.settings import MethodSettings
     from jobs import single
 
-    with expected_errors():
+    with outlived(), expected_errors():
         summary = single.extract(
             single.ReferenceClip(reference, frames, height, width, start, stride),
             output,
@@ -250,8 +259,8 @@ def extract(
             screen=screen,
             plot=plot,
         )
-    if as_json:
-        _emit(**summary)
+        if as_json:
+            _emit(**summary)
 
 
 # ---------------------------------------------------------------------------------------------------------- jobs
@@ -279,9 +288,10 @@ def plan(
             return
         check_output(spec.job)
         planned = _plan_of(spec, retry=())
+        cut = _print_plan(spec, planned)
         if as_json:
-            _emit(name=spec.job.name, kind=spec.job.kind, rows=planned.total, **planned.counts)
-        _print_plan(spec, planned)
+            counts = {"rows": planned.total, **planned.counts, "prompts_cut": cut}
+            _emit(name=spec.job.name, kind=spec.job.kind, **counts)
 
 
 @app.command()
@@ -302,7 +312,7 @@ def run(
     ditflow run jobs/quickstart.yaml
     ditflow run my-job.yaml --set model.path=mini --retry failed
     """
-    with expected_errors():
+    with outlived(), expected_errors():
         valid = {"failed", "quarantined"}
         if not set(retry or ()) <= valid:
             raise ValueError(f"--retry: {retry} is not valid: expected {' or '.join(sorted(valid))}")
@@ -391,11 +401,33 @@ def _to_measure(job: Job) -> list[Task]:
     return tasks
 
 
-def _print_plan(spec: ReadySpec, planned: Plan) -> None:
+def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
+    """Say what is planned; return how many prompts are too long for the model, None if that is not known."""
+    from ditflow import backbones
+    from jobs.table import printable
+    from pipeline.cache import local_model
+
     counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
     screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
+    prompts = planned.prompts
+    try:
+        limit = backbones.read_text_limit(local_model(spec.job))
+    except (OSError, ValueError) as error:  # what else such a folder lacks, the first row tells
+        screen.print(
+            f"warning: the lengths of the prompts were not checked, the model's tokenizer cannot be read: {error}"
+        )
+        return None
+    cut = limit.cut(prompts)
+    if cut:
+        first, tokens = next(iter(cut.items()))
+        screen.print(
+            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit.tokens} tokens that the model "
+            "reads; what comes after these changes nothing. The manifest marks their rows (prompt_cut). "
+            f"The first, of {tokens} tokens: {printable(f'{first:.100}')}"
+        )
+    return len(cut)
 
 
 @app.command()
@@ -475,7 +507,7 @@ def evaluate(
     from pipeline.comparison import compare
     from pipeline.job import Job, Output
 
-    with expected_errors():
+    with outlived(), expected_errors():
         settings = MetricSettings(
             names=tuple(metric or MetricSettings.names),
             tracker=tracker,
@@ -511,10 +543,10 @@ def report(
 
     from jobs.gallery import write_gallery
 
-    with expected_errors():
+    with outlived(), expected_errors():
         written = write_gallery(_store(output, storage), references, screen)
-    if as_json:
-        _emit(**asdict(written))
+        if as_json:
+            _emit(**asdict(written))
 
 
 @manifest_app.command("show")
@@ -554,11 +586,12 @@ def manifest_compact(
     from pipeline.lease import Lease
     from pipeline.manifest import Manifest
 
-    with expected_errors(), Lease(_store(output, storage), on_wait=_tell_of_wait):
-        merged = Manifest(_store(output, storage)).compact()
-    screen.print(f"{merged} files of single rows merged")
-    if as_json:
-        _emit(merged=merged)
+    with outlived(), expected_errors():
+        with Lease(_store(output, storage), on_wait=_tell_of_wait):
+            merged = Manifest(_store(output, storage)).compact()
+        screen.print(f"{merged} files of single rows merged")
+        if as_json:
+            _emit(merged=merged)
 
 
 @manifest_app.command("verify")
@@ -677,11 +710,11 @@ def bank_export(
     \b
     ditflow bank export outputs/banks s3://bucket/walks --where "list_contains(tags, 'walk')"
     """
-    with expected_errors():
+    with outlived(), expected_errors():
         from jobs.banks import exported
 
         count = exported(banks, target, _options(storage), where, screen.print)
-    screen.print(f"{count} banks copied to {target}")
+        screen.print(f"{count} banks copied to {target}")
 
 
 def _store(output: str, storage: str) -> Any:
@@ -738,7 +771,7 @@ def frames_to_clips(
     """
     from jobs.clips import encode_frame_folders
 
-    with expected_errors():
+    with outlived(), expected_errors():
         for clip in encode_frame_folders(frames_folder, out_folder, fps):
             screen.print(str(clip))
 

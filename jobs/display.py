@@ -12,16 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ditflow.plot import plot_intervals
-from jobs.table import FILE_WIDTH
+from jobs.table import FILE_WIDTH, printable
 from pipeline.comparison import Comparison, Entry
+
+_MOST_REASONS = 20
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Print on stdout, for all rows and every class of prompts, a row for every method and a column for every figure.
 
-    Below each mean stands the gain on the baseline.
+    Below each mean stands the gain on the baseline, and below the tables why rows have no value.
     """
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if not comparison.entries:
+        console.print("no row has a value of any figure")
     for category in comparison.categories:
         title = None if comparison.categories == [None] else category or "all prompts"
         table = Table("method", *comparison.figures, box=SIMPLE_HEAD, title=title, title_justify="left")
@@ -29,7 +33,12 @@ def print_comparison(comparison: Comparison) -> None:
             entries = [comparison.at(variant, figure, category) for figure in comparison.figures]
             table.add_row(variant, *map(_comparison_cell, entries))
         console.print(table)
-    console.print(f"means with 95 % bootstrap intervals; below them the paired difference to {comparison.baseline}")
+    if comparison.entries:
+        console.print(f"means with 95 % bootstrap intervals; below them the paired difference to {comparison.baseline}")
+    for why in comparison.unmeasured[:_MOST_REASONS]:
+        console.print(printable(f"{why.variant}: {why.rows} rows without {why.metric}: {why.reason}"), soft_wrap=True)
+    if (more := len(comparison.unmeasured) - _MOST_REASONS) > 0:
+        console.print(f"... and {more} more reasons: --json has all of them")
 
 
 def _comparison_cell(entry: Entry | None) -> str:
@@ -58,6 +67,6 @@ def write_comparison(comparison: Comparison, file: Path) -> None:
         entries = [(entry.figure, entry.variant, entry.interval) for entry in of_all]
         plot_intervals([(figure, name, (i.mean, i.low, i.high)) for figure, name, i in entries], file)
     elif file.suffix in writers:
-        file.write_text(writers[file.suffix]())
+        file.write_text(writers[file.suffix](), encoding="utf-8")
     else:
         raise ValueError(f"--table: {file} is not valid: expected a name ending in {', '.join((*writers, '.png'))}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def _to_kuberay(job: Path, request: Request, say: Callable[[str], Any]) -> None:
     shipment = pack(job, request.overrides, profile.volumes.values(), profile.has_gpus)
     manifests = render(shipment, profile, request.wish)
     if request.dry_run:
-        print(manifests.to_yaml(), end="")
+        sys.stdout.buffer.write(manifests.to_yaml().encode())  # YAML is UTF-8, whatever the terminal is
         return
     if profile.image.startswith(SAMPLE_REGISTRY):
         raise SubmissionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -75,6 +76,8 @@ class RowProgress:
             TextColumn("rows {task.fields[facts]}", markup=False),
             console=screen,
             disable=rows == 0 or not screen.is_terminal,
+            # Rows as JSON go to a file or a program, not to the bar's terminal.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         self._task: TaskID = self._bar.add_task(name, total=rows, facts="starting")
 

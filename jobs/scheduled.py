@@ -102,7 +102,7 @@ def named(run: Mapping[str, Any], job: str, uid: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the manifest that the command names."""
-    run = named(yaml.safe_load(Path(sys.argv[1]).read_text()), os.environ["JOB_NAME"], os.environ["JOB_UID"])
+    run = named(yaml.safe_load(Path(sys.argv[1]).read_bytes()), os.environ["JOB_NAME"], os.environ["JOB_UID"])
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT_HTTPS"]
     api = Api(f"https://{f'[{host}]' if ':' in host else host}:{port}")
     try:

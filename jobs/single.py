@@ -99,6 +99,8 @@ def transfer(
     if isinstance(reference, ReusedBank):
         method, sampling = _as_learned(reference.bank, method, sampling)
     backbone = backbones.load(model)
+    for tokens in backbone.text_limit.cut([prompt]).values():
+        screen.print(f"warning: the prompt has {tokens} tokens, of which the model reads {backbone.text_limit.tokens}")
     source, size, fps = _source(reference, backbone, method, screen)
     steps = sampling.resolve(backbone.defaults).steps
     with _showing_steps(screen, method.name, steps) as on_step:

@@ -12,14 +12,19 @@ import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditflow.cache import cache_folder
+from ditflow.cache import cache_folder, go_on_without_cache
 from pipeline.job import Job
 from pipeline.store import Store, StoreMissingError, is_local
 
 _DOWNLOADS_AT_ONCE = 4
+
+
+class CacheError(OSError):
+    """The cache cannot be written to, where there is no going on without it."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,29 @@ class NodeCache:
                 return data
         except FileNotFoundError:
             pass
+        except OSError as error:
+            go_on_without_cache(self.folder, error.strerror)
         data = fetch()
         if _sha256(data) == sha256:
-            temporary = self._temporary()
+            try:
+                self._write(data, file)
+            except OSError as error:
+                go_on_without_cache(self.folder, error.strerror)
+        return data
+
+    def _write(self, data: bytes, file: Path) -> None:
+        temporary = self._temporary()
+        try:
             temporary.write_bytes(data)
             self._keep(temporary, file)
-        return data
+        finally:
+            temporary.unlink(missing_ok=True)  # of a copy that failed
 
     def folder_of(self, store: Store) -> Path:
         """Return a local copy of everything below the store's root.
 
-        Raises StoreMissingError for an empty or missing folder, StoreError from the storage.
+        Raises StoreMissingError for an empty or missing folder, StoreError from the storage, CacheError for a cache
+        that cannot be written to: a model cannot be loaded without a local copy.
         """
         listing = store.fingerprints()
         if not listing:
@@ -63,9 +80,16 @@ class NodeCache:
         name = _sha256("\n".join(f"{key} {mark}" for key, mark in sorted(listing.items())).encode())
         copy = self.folder / "models" / name
         if copy.is_dir():
-            os.utime(copy)
+            with suppress(OSError):  # its age decides only which copy is removed first
+                os.utime(copy)
             return copy
-        temporary = self._temporary()
+        try:
+            temporary = self._temporary()
+        except OSError as error:
+            raise CacheError(
+                f"{store.uri}: a model on object storage needs a copy on this machine, and the cache cannot be written "
+                f"to ({error.filename}: {error.strerror}). Set resources.cache.folder or DITFLOW_CACHE to another."
+            ) from error
         try:
             with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
                 list(pool.map(lambda key: store.download(key, temporary / key), listing))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.statistics import Interval, bootstrap_interval, paired_difference
 from pipeline.manifest import Manifest
-from pipeline.measurements import Measurements
+from pipeline.measurements import Measurements, values_by_row
 from pipeline.store import Store
 
 COLUMNS = (
@@ -57,16 +58,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Unmeasured:
+    """Why some rows of a method have no value of a metric, and how many rows that is."""
+
+    variant: str
+    metric: str
+    reason: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The methods of a job, measured: an entry for every method, class of prompts and figure, in alphabetical order.
 
     settings: of every method, as its rows have them. Rows of one method with other settings, from an earlier version
-    of the job, stand apart under a numbered name.
+    of the job, stand apart under a numbered name. unmeasured: the commonest reason first.
     """
 
     baseline: str
     entries: tuple[Entry, ...]
     settings: Mapping[str, Mapping[str, Any]]
+    unmeasured: tuple[Unmeasured, ...] = ()
 
     @property
     def figures(self) -> list[str]:
@@ -91,7 +103,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         entries = [asdict(entry) for entry in self.entries]
-        return {"baseline": self.baseline, "entries": entries, "settings": self.settings}
+        unmeasured = [asdict(reason) for reason in self.unmeasured]
+        return {"baseline": self.baseline, "entries": entries, "unmeasured": unmeasured, "settings": self.settings}
 
     def to_csv(self) -> str:
         """Return a line for every method, class of prompts ("" for all rows) and figure."""
@@ -137,10 +150,18 @@ def compare(store: Store, settings: MetricSettings, baseline: str | None = None)
     first in alphabetical order. Raises ComparisonError when nothing was measured, or for an unknown baseline.
     """
     rows = [row for row in Manifest(store).read(COLUMNS).to_pylist() if row["status"] == "ok"]
+    measurements = Measurements(store).taken_with(settings)
     try:
-        return compare_rows(rows, Measurements(store).values(settings), baseline)
+        comparison = compare_rows(rows, values_by_row(measurements), baseline)
     except ComparisonError as error:
         raise ComparisonError(f"{store.uri}: {error}") from error
+    names, _ = method_names([row for row in rows if row["row_id"] in {taken["row_id"] for taken in measurements}])
+    reasons = Counter(
+        (names[taken["row_id"]], taken["metric"], taken["reason"])
+        for taken in measurements
+        if taken["value"] is None and taken["row_id"] in names
+    )
+    return replace(comparison, unmeasured=tuple(Unmeasured(*why, count) for why, count in reasons.most_common()))
 
 
 def compare_rows(

@@ -191,7 +191,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Resources:
-    """The actor pools. threads: CPU threads of torch in each actor (None: the machine's cores, shared out).
+    """The actor pools. threads: CPU threads of torch in each actor (None: the CPUs that the driver may use, its
+    quota included, shared out).
 
     read_ahead: references, or rows that need none, that are under way at a time, from being read to the end of their
     last row (None: twice as many as all pools have actors, at least 8). More only takes memory; fewer than the actors

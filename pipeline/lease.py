@@ -19,6 +19,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 
 from pipeline.logs import ERROR, event
@@ -39,7 +41,7 @@ class LeaseLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. beat: how often it was renewed."""
+    """Who holds a lease. beat: how often it was renewed; processes: see `_process_table`."""
 
     number: int
     token: str
@@ -47,25 +49,26 @@ class Holder:
     pid: int
     since: str
     beat: int = 0
+    processes: str | None = None
 
     @classmethod
     def here(cls, number: int) -> Holder:
         """Return this process as a holder."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(number, uuid.uuid4().hex, socket.gethostname(), os.getpid(), since)
+        return cls(number, uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, processes=_process_table())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     @property
     def surely_dead(self) -> bool:
-        """Whether its process is known to be gone: it was on this machine, and is not there, or is this one."""
-        return self.is_gone or (self.host == socket.gethostname() and self.pid == os.getpid())
+        """Whether its process is known to be gone: its number here is nobody's, or this process's."""
+        return self.is_gone or (self._is_known_here and self.pid == os.getpid())
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process was on this machine and is there no more."""
-        if self.host != socket.gethostname():
+        """Whether its process was in this process table and is there no more."""
+        if not self._is_known_here:
             return False
         try:
             os.kill(self.pid, 0)
@@ -74,6 +77,26 @@ class Holder:
         except PermissionError:
             return False
         return False
+
+    @property
+    def _is_known_here(self) -> bool:
+        """Whether its process number means the same process here."""
+        here = self.host, self.processes
+        return self.processes is not None and here == (socket.gethostname(), _process_table())
+
+
+@cache
+def _process_table() -> str | None:
+    """Return what identifies the table that process numbers are taken from, or None where nothing does.
+
+    A host name does not: containers share it, and a process number of one means nothing in another. On Linux, the boot
+    of the kernel and the PID namespace do.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)

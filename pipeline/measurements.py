@@ -112,15 +112,19 @@ class Measurements:
 
     def values(self, settings: MetricSettings) -> dict[str, dict[str, float | None]]:
         """Return {row_id: {figure: value or None}} of what was measured with these settings."""
+        return values_by_row(self.taken_with(settings))
+
+    def taken_with(self, settings: MetricSettings) -> list[dict[str, Any]]:
+        """Return the measurements that were taken with these settings."""
         wanted = {(name, settings_id(name, settings)) for name in settings.names}
-        rows = self.read().to_pylist()
-        return _by_row(row for row in rows if (row["metric"], row["settings_id"]) in wanted)
+        return [row for row in self.read().to_pylist() if (row["metric"], row["settings_id"]) in wanted]
 
     def _table(self, key: str) -> Any:
         return pq.read_table(pa.BufferReader(self.store.read(key))).select(SCHEMA.names).cast(SCHEMA)
 
 
-def _by_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def values_by_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return measurements as {row_id: {figure: value or None}}."""
     values: dict[str, dict[str, float | None]] = {}
     for row in rows:
         values.setdefault(row["row_id"], {})[row["figure"]] = row["value"]

@@ -137,6 +137,11 @@ class Plan:
         return {row.motion_id for row in self.todo if row.motion_id is not None}
 
     @property
+    def prompts(self) -> set[str]:
+        """The prompts of the rows to do."""
+        return {row.prompt for row in self.todo if row.prompt is not None}
+
+    @property
     def counts(self) -> dict[str, int]:
         """Rows by status, `todo` included."""
         return {"todo": len(self.todo), **self.ended}

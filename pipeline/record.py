@@ -98,6 +98,8 @@ COLUMNS: tuple[Column, ...] = (
         "how the reference was read, where not as usual: skipped frames, uneven rate, deinterlaced, assumed colours",
     ),
     Column("noise_losses", pa.list_(_LOSS), "", "motion loss of each initial noise tried; the smallest one's was used"),
+    Column("prompt_tokens", _SMALL, "tokens", "length of the prompt as the text encoder counts it"),
+    Column("prompt_cut", pa.bool_(), "", "whether the prompt was longer than what the text encoder reads, and was cut"),
 )
 PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
 """What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""

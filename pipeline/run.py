@@ -17,6 +17,7 @@ import ray
 from pipeline import telemetry
 from pipeline.catalogue import Catalogue
 from pipeline.cluster import ClusterError, Need, check_address, pools_with_room, session_folder, stderr_silenced
+from pipeline.cpus import usable_cpus
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, evaluation_needs, finished_rows, needs
 from pipeline.job import Job
@@ -87,7 +88,7 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        with _own_sigterm():
+        with _own_signals():
             try:
                 ray.init(**quiet)
             except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
@@ -98,19 +99,27 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = session_folder()
-    with stderr_silenced(), _own_sigterm():
+    with stderr_silenced(), _own_signals():
         # "local": never the cluster of somebody else that happens to run on this machine.
         local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES, "_temp_dir": folder}
         ray.init("local", **local, **quiet)
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this program's handler: Ray puts one of its own in its place, which aborts."""
+def _own_signals() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM: Ray puts one of its own in its place, which aborts.
+
+    Ray's processes inherit that SIGHUP is blocked: a terminal that closes sends it to all of them at once, and this
+    process has to stop them in order.
+    """
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def run_plan(
@@ -250,6 +259,5 @@ def _with_threads(job: Job) -> Job:
     """Settle the number of CPU threads before the work begins: sums in another order give other bytes."""
     if job.resources.threads is not None:
         return job
-    cores = len(os.sched_getaffinity(0))
-    share = max(1, cores // job.resources.generate.bounds[1])
+    share = max(1, usable_cpus() // job.resources.generate.bounds[1])
     return replace(job, resources=replace(job.resources, threads=share))

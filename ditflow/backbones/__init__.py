@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ditflow.backbones.base import Backbone, Geometry
+from ditflow.backbones.base import Backbone, Geometry, TextLimit
 from ditflow.backbones.revision import folder_revision
 from ditflow.registry import modules_of, plugin_folders
 from ditflow.settings import ExecutionSettings, ModelDefaults
@@ -77,9 +77,16 @@ def identify(path: str, *, download: bool = False) -> ModelIdentity:
     return ModelIdentity(path, folder_revision(folder), geometry)
 
 
+def read_text_limit(path: str, *, download: bool = False) -> TextLimit:
+    """Return how long a model's prompts may be, with its tokenizer; loads no weights."""
+    folder = find_model(path, download=download)
+    limit: TextLimit = _family(folder).read_text_limit(folder)
+    return limit
+
+
 def _family(folder: Path) -> Any:
     """Return the module of this package whose PIPELINES name the folder's pipeline class."""
-    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipeline = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
     valid: list[str] = []
     for module in modules_of(__name__):
         if pipeline in getattr(module, "PIPELINES", ()):
@@ -129,7 +136,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     file = folder / "ditflow.json"
     if not file.is_file():
         return {}
-    values: dict[str, Any] = json.loads(file.read_text())
+    values: dict[str, Any] = json.loads(file.read_bytes())
     valid = [field.name for field in fields(ModelDefaults)]
     if unknown := sorted(set(values) - set(valid)):
         raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")

@@ -7,7 +7,7 @@ values). None of them copies the model's own forward code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,6 +83,27 @@ class Geometry:
         return [*below[-1:], *above][:2]
 
 
+@dataclass(frozen=True)
+class TextLimit:
+    """How many tokens of a prompt the text encoder reads, its end mark included; it ignores the rest.
+
+    tokenizer: the model's own, of the transformers library.
+    """
+
+    tokens: int
+    tokenizer: Any
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Return the length of each prompt in tokens, its end mark included."""
+        return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+
+    def cut(self, prompts: Iterable[str]) -> dict[str, int]:
+        """Return the prompts that are longer than the limit, with their lengths in tokens."""
+        distinct = list(dict.fromkeys(prompts))
+        lengths = zip(distinct, self.count(distinct), strict=True)
+        return {prompt: length for prompt, length in lengths if length > self.tokens}
+
+
 @runtime_checkable
 class Solver(Protocol):
     """One run of a noise scheduler: its timesteps, and the state that some schedulers keep between steps."""
@@ -117,6 +138,7 @@ class Backbone(Protocol):
     defaults: ModelDefaults
     execution: ExecutionSettings
     device: torch.device
+    text_limit: TextLimit
 
     def set_execution(self, asked: ExecutionSettings) -> None:
         """Run from now on as asked, and say in `execution` how every `auto` was decided."""

@@ -24,9 +24,10 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ditflow.backbones.base import Geometry
+from ditflow.backbones.base import Geometry, TextLimit
 from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
 from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
 from ditflow.types import Capture, CaptureKind, Features, KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
@@ -39,6 +40,7 @@ _RELEASED = {
     (30, False): ModelDefaults(blocks=(15,)),
     (42, True): ModelDefaults(blocks=(20,), dynamic_guidance_scale=True),
 }
+_MOST_TEXT_TOKENS = 226  # where a configuration leaves it to diffusers' default
 # What one block keeps for its backward pass, in tensors of tokens x D: 12.1 as measured by `make bench`, and some room.
 _ACTIVATIONS_PER_BLOCK = 14
 # Peak bytes of the VAE's decoder per pixel of a frame while it decodes eight frames at once, in 16 bits.
@@ -49,7 +51,7 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
     """Return the precision the model was released in (2B: float16, 5B: bfloat16), and float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32
-    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config = json.loads((folder / "transformer" / "config.json").read_bytes())
     return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
 
 
@@ -64,8 +66,15 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: 
 
 def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geometry:
     """Read a diffusers folder's geometry from its configurations alone."""
-    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    transformer, vae = (json.loads((folder / part / "config.json").read_bytes()) for part in ("transformer", "vae"))
     return geometry_of(name, transformer, vae, defaults)
+
+
+def read_text_limit(folder: Path) -> TextLimit:
+    """Read how long a prompt of a diffusers folder may be; the weights are left alone."""
+    config = json.loads((folder / "transformer" / "config.json").read_bytes())
+    limit = config.get("max_text_seq_length", _MOST_TEXT_TOKENS)
+    return TextLimit(limit, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
 def geometry_of(
@@ -112,6 +121,7 @@ class CogVideoX:
         self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
         self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults or {})
         self.defaults = self.geometry.defaults
+        self.text_limit = TextLimit(self.transformer.config.max_text_seq_length, pipeline.tokenizer)
         self._latest_position: tuple[TokenGrid, PositionEmbedding] | None = None
         self.execution: ExecutionSettings
         self.set_execution(execution or ExecutionSettings())
@@ -190,10 +200,9 @@ class CogVideoX:
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text dim] in the model's precision."""
-        length = self.transformer.config.max_text_seq_length
+        """Text embeddings [1, L, text dim] in the model's precision. Tokens beyond `text_limit` are cut."""
         embeds, _ = self.pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_limit.tokens, device=self.device
         )
         return embeds.to(self.dtype)
 

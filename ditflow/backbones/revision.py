@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from ditflow.cache import cache_folder
+from ditflow.cache import cache_folder, go_on_without_cache
 
 _WEIGHTS_AND_WORDS = {".json", ".safetensors", ".model", ".txt"}
 
@@ -57,15 +58,27 @@ def _memory_file() -> Path:
 
 def _load_remembered() -> dict[str, str]:
     try:
-        return json.loads(_memory_file().read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        remembered = json.loads(_memory_file().read_bytes())
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        go_on_without_cache(cache_folder(), error.strerror)
+        return {}
+    except ValueError:  # damaged: it is only a memory
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
 
 
 def _remember(new: dict[str, str]) -> None:
     """Add to the memory; of two processes at once the last one wins, which costs a hash, not correctness."""
     file = _memory_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_load_remembered() | new))
-    temporary.replace(file)
+    # Machines and containers that share the folder share process numbers, too.
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_load_remembered() | new))
+        temporary.replace(file)
+    except OSError as error:
+        go_on_without_cache(cache_folder(), error.strerror)
+        with suppress(OSError):
+            temporary.unlink()

@@ -144,7 +144,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is no folder, expected one with a CLIP model. Models are never downloaded; check the path."
         )
     _check_parts(folder)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
     if kind != "clip":
         raise ValueError(
             f"{folder} is no CLIP folder: its config.json has the model_type {kind!r}, expected 'clip'. Other models "

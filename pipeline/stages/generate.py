@@ -104,7 +104,9 @@ class FinishRow:
         if self._worker is not None:
             self._worker.reset_peak_memory()
         columns = self._makers[self._job.kind](work, row)
-        return {**columns, **(self._worker.facts() if self._worker is not None else {})}
+        if self._worker is None or work.prompt is None:
+            return columns
+        return {**columns, **self._worker.prompt_facts(work.prompt), **self._worker.facts()}
 
     def _take_motion(self, work: WorkRow, row: Row) -> Columns:
         """The output of an `extract` job is there already: the motion itself."""

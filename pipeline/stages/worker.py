@@ -68,6 +68,12 @@ class Worker:
         if self.backbone.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.backbone.device)
 
+    def prompt_facts(self, prompt: str) -> dict[str, object]:
+        """Return the manifest's columns on the length of a prompt."""
+        limit = self.backbone.text_limit
+        (tokens,) = limit.count([prompt])
+        return {"prompt_tokens": tokens, "prompt_cut": tokens > limit.tokens}
+
     def facts(self) -> dict[str, object]:
         """Return the manifest's columns on device, memory and software."""
         device = self.backbone.device

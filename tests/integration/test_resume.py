@@ -1,5 +1,6 @@
 """A driver that is killed or stopped in the middle of a job of twelve rows, and the same command again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from running import write_spec
 
 from jobs.clips import render_clips
@@ -17,11 +19,11 @@ from pipeline.store import Store
 ROWS = 12
 
 
-def start(spec: Path) -> subprocess.Popen:
-    """The command line in a process of its own, with a Ray of its own."""
+def start(spec: Path, *options: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
+    """The command line in a process of its own, with a Ray of its own, as the leader of a session."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "jobs", "run", str(spec)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "jobs", "run", str(spec), *options]
+    return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def wait_for_rows(driver: subprocess.Popen, manifest: Manifest, count: int) -> None:
@@ -74,7 +76,8 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path):
     assert outputs(out)[f"{repeated}.mp4"][1] == after[f"{repeated}.mp4"][1], "the same row has the same bytes"
 
 
-def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, number):
     render_clips(tmp_path / "references", count=1, seed=0)
     spec = write_spec(tmp_path, seeds=list(range(ROWS)), sampling={"steps": 20}, faults={"lease_s": 3})
     store = Store(str(tmp_path / "out"))
@@ -87,9 +90,10 @@ def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path):
     assert (second.returncode, driver.poll()) == (1, None)
     assert f"another run is working on this output (process {driver.pid} on " in " ".join(refusal.decode().split())
 
-    driver.send_signal(signal.SIGTERM)
+    # A service manager ends the driver; a terminal that closes reaches every process of it.
+    os.kill(driver.pid, number) if number == signal.SIGTERM else os.killpg(driver.pid, number)
     _, message = driver.communicate()
-    assert driver.returncode == 128 + signal.SIGTERM
+    assert driver.returncode == 128 + number
     assert "Run the same command again to go on" in message.decode()
     assert 1 <= len(manifest.statuses()) < ROWS
     assert Ledger(store).unfinished() == {}, "no try is held against the row in flight"
@@ -100,3 +104,20 @@ def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path):
     assert again.returncode == 0, errors.decode()
     assert {row["attempts"] for row in manifest.read().to_pylist()} == {1}
     assert manifest.verify() == []
+
+
+def test_a_job_outlives_the_readers_of_its_output_and_its_terminal(tmp_path):
+    render_clips(tmp_path / "references", count=1, seed=0)
+    spec = write_spec(tmp_path, seeds=list(range(ROWS)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        driver = start(spec, "--json", stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert json.loads(driver.stdout.readline())["status"] == "ok"
+    driver.stdout.close()
+    driver.stderr.close()
+    os.killpg(driver.pid, signal.SIGHUP)
+    assert driver.wait() == 0
+    manifest = Manifest(Store(str(tmp_path / "out")))
+    assert [*manifest.statuses().values()] == ["ok"] * ROWS

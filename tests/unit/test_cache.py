@@ -1,11 +1,14 @@
 """Facts about the copies of remote files on this machine."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
+from ditflow.backbones.revision import folder_revision
+from ditflow.cache import cache_folder
 from ditflow.mini import mini_folder
 from pipeline.cache import NodeCache, local_model
 from pipeline.job import Cache, Job, Model, Output, Resources
@@ -135,3 +138,71 @@ def test_a_model_on_object_storage_is_the_same_model(s3_store, tmp_path):
 @pytest.mark.parametrize("path", ["mini", "/models/CogVideoX-5b", "THUDM/CogVideoX-5b", "~/models/x"])
 def test_other_models_are_used_where_they_are(path):
     assert local_model(Job("synthesize", "test", Output("/nowhere"), Model(path))) == path
+
+
+@pytest.fixture
+def unusable(tmp_path, monkeypatch) -> Path:
+    """A cache folder that nobody, not even root, can make."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DITFLOW_CACHE", str(tmp_path / "file/cache"))
+    return tmp_path / "file/cache"
+
+
+def test_a_cache_that_cannot_be_written_is_gone_without_and_said_once(unusable, caplog):
+    cache, fetch = NodeCache(unusable, max_bytes=1000), Fetch()
+    assert [cache.read(REMOTE, HASH, fetch) for _ in range(3)] == [CONTENT] * 3
+    assert folder_revision(mini_folder("mini")) == folder_revision(mini_folder("mini"))
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"the cache {unusable} cannot be used (Not a directory): going on without it. Set DITFLOW"
+    )
+
+
+def test_a_copy_that_cannot_be_finished_leaves_nothing_behind(cache, monkeypatch):
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert cache.read(REMOTE, HASH, Fetch()) == CONTENT
+    assert [path for path in cache.folder.rglob("*") if path.is_file()] == []
+
+
+def test_a_model_on_object_storage_needs_a_cache_and_the_error_names_its_key(unusable, s3_store):
+    s3_store.put("model_index.json", b"{}")
+    with pytest.raises(OSError, match=r"Set resources\.cache\.folder or DITFLOW_CACHE"):
+        NodeCache(unusable, 1000).folder_of(s3_store)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[1]"])
+def test_a_damaged_memory_of_hashes_is_computed_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("DITFLOW_CACHE", str(tmp_path))
+    (tmp_path / "file-hashes.json").write_bytes(damage)
+    assert folder_revision(mini_folder("mini")) == folder_revision(mini_folder("mini"))
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for variables, folder in (
+        ({}, "/home/somebody/.cache/ditflow"),
+        ({"DITFLOW_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/somebody/.cache/ditflow"),
+        ({"XDG_CACHE_HOME": "/scratch"}, "/scratch/ditflow"),
+        ({"DITFLOW_CACHE": "~/here"}, "/home/somebody/here"),
+    ):
+        for name in ("DITFLOW_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert cache_folder() == Path(folder)
+
+
+def test_nobody_needs_a_home(monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("DITFLOW_CACHE", "/scratch")
+    assert cache_folder() == Path("/scratch")
+    for name in ("DITFLOW_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(folder_revision(mini_folder("mini"))) == 16

@@ -563,7 +563,7 @@ def test_plan_prints_the_counts_for_people_and_starts_nothing(spec, tmp_path):
 
 
 def test_plan_prints_the_counts_for_machines(spec, tmp_path):
-    expected = {"name": "small [a]", "kind": "synthesize", "rows": 4, "todo": 4}
+    expected = {"name": "small [a]", "kind": "synthesize", "rows": 4, "todo": 4, "prompts_cut": 0}
     assert json_of(ditflow("plan", spec, "--json")) == expected
     commit(tmp_path / "out", row_ids(spec)[:2], status="failed")
     assert json_of(ditflow("plan", spec, "--json")) == {**expected, "todo": 2, "failed": 2}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import MetricSettings
 from ditflow.settings import SettingsError
+from jobs.display import print_comparison
 from pipeline.comparison import ComparisonError, compare
 from pipeline.manifest import Manifest
 from pipeline.measurements import Figure, Measurements
@@ -206,3 +208,26 @@ def test_nothing_measured_and_an_unknown_baseline_are_refused(store):
     measure(store, name, 0.5)
     with pytest.raises(ComparisonError, match="'best' is none of the job's methods: flow"):
         compare(store, SETTINGS, baseline="best")
+
+
+def test_rows_without_a_value_are_listed_by_method_metric_and_reason(store, capsys):
+    for number in range(3):
+        measure(store, finish(store, "plain", number), 0.5 if number == 0 else None)
+    comparison = compare(store, SETTINGS)
+    (why,) = comparison.unmeasured
+    assert (why.variant, why.metric, why.reason, why.rows) == ("plain", "motion_fidelity", "it does not move", 2)
+    assert comparison.to_dict()["unmeasured"] == [asdict(why)]
+    print_comparison(comparison)
+    assert "plain: 2 rows without motion_fidelity: it does not move" in capsys.readouterr().out
+
+
+def test_a_comparison_without_any_value_says_so_and_why(store, capsys):
+    settings = MetricSettings(names=("motion_fidelity",))
+    name = finish(store, "plain", 0)
+    nothing = Figure("motion_fidelity", "motion_fidelity", None, "the row has no reference")
+    Measurements(store).write(name, settings, [nothing])
+    print_comparison(compare(store, settings))
+    assert capsys.readouterr().out.splitlines() == [
+        "no row has a value of any figure",
+        "plain: 1 rows without motion_fidelity: the row has no reference",
+    ]

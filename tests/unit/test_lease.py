@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,12 +61,41 @@ def test_a_lease_that_nobody_renews_passes_on_and_the_wait_is_told(store):
 def test_the_lease_of_a_dead_process_of_this_machine_passes_on_at_once(local_store):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     here = Holder.here(1)
-    leave(local_store, host=here.host, pid=int(gone.stdout))
+    leave(local_store, host=here.host, pid=int(gone.stdout), processes=here.processes)
     with Lease(local_store, sleep=lambda seconds: pytest.fail("it need not wait")):
         pass
-    leave(local_store, host=here.host, pid=os.getpid())
+    leave(local_store, host=here.host, pid=os.getpid(), processes=here.processes)
     with Lease(local_store, sleep=lambda seconds: pytest.fail("a process id comes again: that was another run")):
         pass
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["its number is ours", "its number is nobody's"])
+@pytest.mark.parametrize("processes", [None, "another-boot pid:[4026531836]"])
+def test_a_holder_whose_process_number_means_nothing_here_is_waited_for(local_store, pid, processes):
+    here, waited = Holder.here(1), []
+    leave(local_store, host=here.host, pid=pid, processes=processes)
+    with Lease(local_store, expires_s=60, sleep=waited.append):
+        pass
+    assert sum(waited) == pytest.approx(60)
+
+
+UNSHARE = ["unshare", "--fork", "--pid", "--mount-proc"]
+HAS_UNSHARE = shutil.which("unshare") and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not HAS_UNSHARE, reason="process namespaces may not be made here")
+def test_of_two_containers_that_share_a_host_name_the_second_is_refused(local_store):
+    command = [*UNSHARE, sys.executable, "-c"]
+    lease = "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
+    hold = f"{lease}with Lease(Store(sys.argv[1]), expires_s=1): print('held', flush=True); sys.stdin.read()"
+    first = subprocess.Popen([*command, hold, local_store.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"held\n"
+    assert [holder["pid"] for holder in holders(local_store)] == [1]
+    take = f"{lease}with Lease(Store(sys.argv[1]), expires_s=2): print('taken')"
+    second = subprocess.run([*command, take, local_store.uri], capture_output=True, text=True)
+    first.communicate()
+    assert "another run is working on this output (process 1 on" in second.stderr
+    assert (second.stdout, first.returncode) == ("", 0)
 
 
 def test_a_lease_that_is_given_back_meanwhile_is_free(store):

@@ -26,7 +26,7 @@ double; seconds_guidance double; seconds_denoise double; seconds_decode double; 
 double; seconds_total double; peak_memory_bytes int64; device string; node string; process int64; attempts int32;
 error_kind string; error_class string; error_message string; started_at timestamp[us, tz=UTC]; finished_at
 timestamp[us, tz=UTC]; versions_json string; execution_json string; reference_notes list<item: string>; noise_losses
-list<float32>
+list<float32>; prompt_tokens int32; prompt_cut bool
 """
 
 

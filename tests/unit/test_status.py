@@ -241,7 +241,7 @@ def test_a_run_whose_process_on_this_machine_has_ended_is_gone(local_store):
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    hold(local_store, host=socket.gethostname(), pid=child)
+    hold(local_store, host=socket.gethostname(), pid=child, processes=Holder.here(1).processes)
     assert Watch(local_store).look().runner.state == "gone"
 
 
