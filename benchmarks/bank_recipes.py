@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, shot_of, start_workers, summary
 from ditflow import transfer_motion
 from ditflow.backbones.base import Backbone
@@ -411,7 +411,7 @@ def main() -> None:
     """Measure what is asked for and write it among the rest."""
     asked = _parser().parse_args()
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    about = {"command": command(), "machine": machine()}
+    about = {"command": command(), "commit": commit(), "machine": machine()}
     results["sizes"] = {**about, "rows": sizes()}
     write_json(asked.out, results)
     with start_workers(asked.workers) as pool:

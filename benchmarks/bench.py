@@ -514,9 +514,13 @@ def print_numerics(numerics: Mapping[str, Any]) -> None:
 
 
 def commit() -> str:
-    """Commit that the benchmark runs on, with `-dirty` where files have been changed since."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "unknown"
+    """Commit that the benchmark runs on, with `-dirty` if anything but results has been changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

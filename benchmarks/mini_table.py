@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import RESULTS, command, machine, write_json
+from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import shot_of
 from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.statistics import bootstrap_interval
@@ -97,7 +97,12 @@ def main() -> None:
     parser.add_argument("--baseline", help="the method that others are compared with (default: the plain model)")
     asked = parser.parse_args()
     models = {Path(output).name: told(Store(output), asked.baseline) for output in asked.outputs}
-    about = {"command": command(), "machine": machine(), "told": datetime.now(UTC).isoformat(timespec="seconds")}
+    about = {
+        "command": command(),
+        "commit": commit(),
+        "machine": machine(),
+        "told": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     write_json(RESULTS / f"{asked.name}.json", {**about, "models": models})
     draw(models, RESULTS / f"{asked.name}.png")
     print(markdown(models))
