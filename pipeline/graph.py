@@ -135,11 +135,15 @@ def _called(name: str, stage: type) -> type:
 
 
 def _as_they_end(dataset: Dataset, sources: list[Source]) -> Iterator[Row]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
-            yield row
-            for source in sources:
-                source.end(row["row_id"])
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                yield row
+                for source in sources:
+                    source.end(row["row_id"])
+    finally:
+        for source in sources:
+            source.close()
 
 
 def _by_reference(todo: list[WorkRow]) -> list[tuple[Entry, list[str]]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.data import Dataset
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Entry = dict[str, Any]
 
@@ -28,11 +28,11 @@ class Source:
         self._entry_of = {row_id: number for number, (_, ids) in enumerate(entries) for row_id in ids}
         self._rows_left = Counter(self._entry_of.values())
         # On the driver's machine, which is there as long as the job is. Neither of the two takes a CPU from a stage.
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._ended = ray.remote(Ended).options(num_cpus=0, scheduling_strategy=node).remote()
+        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._ended = ray.remote(Ended).options(num_cpus=0, label_selector=node).remote()
         work = {"entries": ray.put([entry for entry, _ in entries]), "ended": self._ended, "ahead": ahead}
         self.dataset: Dataset = ray.data.from_items([{"source": 0}]).flat_map(
-            hand_out, fn_kwargs=work, num_cpus=0, scheduling_strategy=node
+            hand_out, fn_kwargs=work, num_cpus=0, label_selector=node
         )
 
     def end(self, row_id: str) -> None:
@@ -43,6 +43,11 @@ class Source:
         self._rows_left[entry] -= 1
         if not self._rows_left[entry]:
             self._ended.add.remote()
+
+    def close(self) -> None:
+        """End the process that counts: nothing else does, as long as this one lives."""
+        with suppress(Exception):  # Ray may have been shut down
+            ray.kill(self._ended)
 
 
 class Ended:
