@@ -923,13 +923,14 @@ WAITS = {
     "the main thread, in native code": "lock = ctypes.create_string_buffer(64); [mutex(lock), mutex(lock)]",
 }
 WAITING = """
-import ctypes, sys
+import ctypes, signal, sys
 from concurrent.futures import ThreadPoolExecutor
 import typer
 from jobs import cli
 
 mutex = ctypes.CDLL(None).pthread_mutex_lock
 app = typer.Typer()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes begin with it ignored
 
 @app.command()
 def wait(fifo: str):
