@@ -114,7 +114,9 @@ def test_a_job_outlives_the_readers_of_its_output_and_its_terminal(tmp_path):
         driver = start(spec, "--json", stdout=subprocess.PIPE)
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert json.loads(driver.stdout.readline())["status"] == "ok"
+    first = driver.stdout.readline()
+    assert first, driver.stderr.read().decode()
+    assert json.loads(first)["status"] == "ok"
     driver.stdout.close()
     driver.stderr.close()
     os.killpg(driver.pid, signal.SIGHUP)
