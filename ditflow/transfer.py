@@ -266,10 +266,9 @@ def _best_noise(
     """Try several noises by the first guided steps; return the seed with the smallest loss, and the losses."""
     assert sampling.steps is not None, "resolve() first"
     seeds = [_seed_of_draft(seed, number) for number in range(method.noise_candidates)]
-    losses = []
+    last_step, losses = method.count_trial_steps(sampling.steps), []
     for candidate in seeds:
         draft = _draft_of(backbone, embeds, size, sampling, candidate)
-        last_step = method.count_trial_steps(sampling.steps)
         trial = generate_latents(
             backbone, [draft], reference=reference, method=method, sampling=sampling, last_step=last_step
         )

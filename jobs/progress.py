@@ -89,7 +89,7 @@ class RowProgress:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._ended.set()
-        if self._rows and (kind is None or self._done):  # one that was refused has no progress to tell of
+        if self._rows and (kind is None or self._done):  # a refused job has no progress to show
             with self._lock:
                 self._say(last=True)
         self._bar.stop()
