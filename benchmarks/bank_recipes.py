@@ -1,12 +1,12 @@
 """How motion banks are best learned: `python -m benchmarks.bank_recipes`.
 
-Part `recipes` learns banks of the same held-out references in several ways, and reuses each with two prompts and noise
-that it has not seen. Part `sweep` varies rate, penalties, length and loss of one way, and part `combined` puts together
-what helped. Part `zero-shot` measures the default way alone, over more references. Beside them, with the same prompts
-and noise: plain generation, and guidance that optimises the positions for every video (the paper's). Part `compaction`
-keeps less and less of the same banks, and part `sizes of videos` stretches them to videos of other sizes. Means come
-with 95 % bootstrap intervals over references, and paired differences. Part `sizes` counts bytes at the shapes of
-CogVideoX. Figures go to benchmarks/results/bank-recipes.json; models and parts that are not measured again keep theirs.
+Part `zero-shot` measures the default way over many held-out references: a bank is learned of each, and reused with two
+prompts and noise that it has not seen. Beside it, with the same prompts and noise: plain generation, and guidance that
+optimises the positions for every video (the paper's). Part `recipes` learns the banks in other ways, of fewer
+references. Part `compaction` keeps less and less of the same banks, and part `sizes of videos` stretches them to videos
+of other sizes. Means come with 95 % bootstrap intervals over references, and paired differences. Part `sizes` counts
+bytes at the shapes of CogVideoX. Figures go to benchmarks/results/bank-recipes.json, each way with its command and
+commit; models, parts and ways that are not measured again keep theirs.
 """
 
 from __future__ import annotations
@@ -15,47 +15,33 @@ import argparse
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, shot_of, start_workers, summary
 from ditflow import transfer_motion
 from ditflow.backbones.base import Backbone
 from ditflow.bank import BankHeader, MotionBank
-from ditflow.guidance import Draft, Guidance
 from ditflow.metrics.statistics import paired_difference
 from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, with_appearance_of
 from ditflow.positions import MovedTokens
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, settings_dict
 from ditflow.transfer import learn_bank
-from ditflow.types import PositionEmbedding, TokenGrid
+from ditflow.types import TokenGrid
 from pipeline.job import Output
 
 FIRST_SEED, OTHER_LOOKS, LEARNED_LOOKS = 5000, 50_000, 60_000
 PROMPTS = 2
 DEFAULT = MethodSettings(optimize="coordinates", preset="lasting")
-BEFORE = replace(
-    DEFAULT,
-    drafts=4,
-    iterations=10,
-    learning_rate=(0.15, 0.075),
-    optimizer="adam",
-    averaged=False,
-    loss_entries="nonzero",
-    guided_steps=10,
-    injected_steps=10,
-)
-"""What `lasting` was when its neighbours were tried."""
 GUIDED = MethodSettings(optimize="position")
 REUSED = MethodSettings(optimize="position")
 """Of a bank: its reference is injected, and nothing optimised."""
@@ -64,7 +50,6 @@ RECIPES = {
     "position, as the paper": GUIDED,
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
     "coordinates, as the paper's positions": IN_THE_PASS,
-    "coordinates, lasting, as it was first": BEFORE,
     "coordinates, lasting, Adam": replace(DEFAULT, optimizer="adam"),
     "coordinates, lasting, moving entries only": replace(DEFAULT, loss_entries="nonzero"),
     "coordinates, lasting": DEFAULT,
@@ -74,153 +59,104 @@ BRIEF = "coordinates, lasting, injected in the guided steps only"
 OPTIMISED = "coordinates, guided for every video"
 MOVED = "coordinates, moved along the flow, not learned"
 STARTED = "coordinates, lasting, learned from where the flow moves them"
-SWEEP = {
-    "base": BEFORE,
-    "rate / 3": replace(BEFORE, learning_rate=(0.05, 0.025)),
-    "rate x 2": replace(BEFORE, learning_rate=(0.3, 0.15)),
-    "stay 0.1": replace(BEFORE, stay=0.1),
-    "smooth 0.1": replace(BEFORE, smooth=0.1),
-    "smooth 1": replace(BEFORE, smooth=1.0),
-    "20 iterations": replace(BEFORE, iterations=20),
-    "7 guided steps": replace(BEFORE, guided_steps=7),
-    "5 guided steps": replace(BEFORE, guided_steps=5),
-}
-COMBINED = {
-    **{name: SWEEP[name] for name in ("base", "stay 0.1", "5 guided steps")},
-    "stay 0.1, 7 guided steps": replace(BEFORE, stay=0.1, guided_steps=7),
-    "stay 0.1, 5 guided steps": replace(BEFORE, stay=0.1, guided_steps=5),
-    "stay 0.3, 5 guided steps": replace(BEFORE, stay=0.3, guided_steps=5),
-}
-"""The two that helped in the sweep, together."""
 OTHER_SIZES = ((17, 80, 80), (17, 64, 96), (25, 64, 64))
-AVERAGED = "the mean of all steps in each"
 BANK_ERROR = Output("").bank_error
 ERRORS = (0.01, 0.03, 0.1, 0.3, 0.6)
 FIGURES = ("track_cosine", "position_error", "motion_fidelity", "colour", "shape", "background")
 WORDS = ("colour", "shape", "background")
+Ways = Mapping[str, Callable[[], Scores]]
+"""What scores a reference in every way, by name; a bank is learned when the first of its ways is scored."""
 
 
 # ---- one reference
 
 
-def recipe_scores(model: str, recipes: Mapping[str, MethodSettings], seed: int) -> dict[str, Scores]:
-    """Score the reuse of banks that were learned in several ways."""
-    backbone, clip = setting(model, seed)
-    return reuse_scores(backbone, clip, seed, learned_each(backbone, clip, recipes, seed))
+def zero_shot_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
+    """The default way, beside what is done without a bank."""
+    bank = partial(learned, backbone, clip, DEFAULT, seed)
+    return {**ways_without(backbone, clip, seed), "coordinates, lasting": lambda: reused(backbone, clip, seed, bank())}
 
 
-def all_recipe_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Score every recipe, a bank that nobody learned, and guidance by coordinates; with what the banks come to."""
-    backbone, clip = setting(model, seed)
-    banks = learned_each(backbone, clip, RECIPES, seed)
-    default = banks["coordinates, lasting"]
-    banks[BRIEF] = replace(default, header=replace(default.header, injected_steps=None))
-    banks[ONE_PROMPT] = learned(backbone, clip, DEFAULT, seed, prompts=1)
-    moved = moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
-    with mock.patch.object(MovedTokens, "start", return_value=moved.change(0)):
-        banks[STARTED] = learned(backbone, clip, DEFAULT, seed)
-    scores = reuse_scores(backbone, clip, seed, {**banks, MOVED: moved})
-    for name, bank in banks.items():
-        scores[name] |= {
+def recipe_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
+    """Every recipe, a bank that nobody learned, and guidance by coordinates; with what the banks come to."""
+    learn = cache(partial(learned, backbone, clip, seed=seed))
+    banks: dict[str, Callable[[], MotionBank]] = {name: partial(learn, method) for name, method in RECIPES.items()}
+
+    def brief() -> MotionBank:
+        bank = learn(DEFAULT)
+        return replace(bank, header=replace(bank.header, injected_steps=None))
+
+    @cache
+    def moved() -> MotionBank:
+        return moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
+
+    def started() -> MotionBank:
+        with mock.patch.object(MovedTokens, "start", return_value=moved().change(0)):
+            return learned(backbone, clip, DEFAULT, seed)
+
+    banks |= {BRIEF: brief, ONE_PROMPT: partial(learn, DEFAULT, prompts=1), STARTED: started}
+
+    def with_size(make_bank: Callable[[], MotionBank]) -> Scores:
+        bank = make_bank()
+        return reused(backbone, clip, seed, bank) | {
             "loss_final": bank.header.losses[-1][-1],
             "times smaller": times_smaller(backbone, bank.compacted(BANK_ERROR)),
         }
-    return {**scores, OPTIMISED: mean_scores(backbone, clip, seed, clip, IN_THE_PASS)}
+
+    return {
+        **ways_without(backbone, clip, seed),
+        **{name: partial(with_size, make_bank) for name, make_bank in banks.items()},
+        MOVED: lambda: reused(backbone, clip, seed, moved()),
+        OPTIMISED: partial(mean_scores, backbone, clip, seed, clip, IN_THE_PASS),
+    }
 
 
-class BothLosses(Guidance):
-    """The motion is measured in the pass and in the predicted video, with the mean of both as the loss."""
+def compaction_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
+    """A bank of which more and more is left out, with its size against fp32 positions."""
+    learn = cache(partial(learned, backbone, clip, seed=seed))
 
-    def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
-        other = replace(self, method=replace(self.method, measured="pass"))
-        return (super()._loss(timestep, draft, position) + Guidance._loss(other, timestep, draft, position)) / 2
+    def compacted(name: str, error: float) -> Scores:
+        kept = learn(RECIPES[name]).compacted(error)
+        return reused(backbone, clip, seed, kept) | {"times smaller": times_smaller(backbone, kept)}
 
-
-class LevelsAround(Guidance):
-    """Every iteration sees the draft at another noise level, up to two steps above or below that of the step."""
-
-    def _loss(self, timestep: int, draft: Draft, position: PositionEmbedding) -> Tensor:
-        timesteps = draft.solver.timesteps.tolist()
-        around = timesteps.index(timestep) + int(torch.randint(-2, 3, (), generator=draft.generator))
-        level = int(timesteps[min(max(around, 0), len(timesteps) - 1)])
-        with torch.no_grad():
-            clean = self._predicted(timestep, draft, position)
-        latents = draft.solver.add_noise(clean, draft.noise, level)
-        return super()._loss(level, replace(draft, latents=latents), position)
+    return {
+        f"{name}, error {error:g}": partial(compacted, name, error)
+        for name in ("coordinates, lasting", "position, lasting")
+        for error in (0.0, *ERRORS)
+    }
 
 
-LOSSES: Mapping[str, type[Guidance]] = {
-    "measured in the pass and in the prediction": BothLosses,
-    "noise levels around each step": LevelsAround,
-}
+def other_size_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
+    """A bank in videos of other sizes than it was learned at, beside what is done without it."""
+    learn = cache(partial(learned, backbone, clip, DEFAULT, seed))
+    learned_at = clip.frames.shape[:3]
 
+    def resized(shown: WorldClip) -> Scores:
+        return reused(backbone, shown, seed, learn().resized(backbone.geometry, shown.frames.shape[:3]))
 
-def sweep_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Score the reuse of banks that were learned with other rates, penalties, lengths and losses than the base."""
-    backbone, clip = setting(model, seed)
-    banks = learned_each(backbone, clip, SWEEP, seed)
-    base = banks["base"]
-    means = {part: values.whole.mean(dim=0) for part, values in base.parts.items() if values.whole is not None}
-    banks[AVERAGED] = MotionBank.of(base.header, [means] * base.guided_steps, base.latents)
-    for name, guidance in LOSSES.items():
-        with mock.patch("ditflow.transfer.Guidance", guidance):
-            banks[name] = learned(backbone, clip, BEFORE, seed)
-    return reuse_scores(backbone, clip, seed, banks)
-
-
-def compaction_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Score the reuse of a bank of which more and more is left out, with its size against fp32 positions."""
-    backbone, clip = setting(model, seed)
-    scores = {}
-    for name in ("coordinates, lasting", "position, lasting"):
-        bank = learned(backbone, clip, RECIPES[name], seed)
-        for error in (0.0, *ERRORS):
-            kept = bank.compacted(error)
-            reused = mean_scores(backbone, clip, seed, kept, REUSED)
-            scores[f"{name}, error {error:g}"] = {**reused, "times smaller": times_smaller(backbone, kept)}
-    return scores
-
-
-def other_size_scores(model: str, seed: int) -> dict[str, Scores]:
-    """Score the reuse of a bank in videos of other sizes than it was learned at, beside what is done without it."""
-    backbone, clip = setting(model, seed)
-    bank = learned(backbone, clip, DEFAULT, seed)
-    learned_at, scores = clip.frames.shape[:3], {}
+    ways: dict[str, Callable[[], Scores]] = {}
     for size in (learned_at, *OTHER_SIZES):
         shown = render(clip.scene, *size)
-        ways = {
-            "plain": (None, MethodSettings(name="none")),
-            "guided for every video": (shown, GUIDED),
-            f"a bank of {_sides(learned_at)}": (bank.resized(backbone.geometry, size), REUSED),
-        }
-        for name, (source, method) in ways.items():
-            scores[f"{name}, {_sides(size)}"] = mean_scores(backbone, shown, seed, source, method)
-    return scores
+        ways |= {f"{name}, {_sides(size)}": way for name, way in ways_without(backbone, shown, seed).items()}
+        ways[f"a bank of {_sides(learned_at)}, {_sides(size)}"] = partial(resized, shown)
+    return ways
 
 
 def _sides(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def setting(model: str, seed: int) -> tuple[Backbone, WorldClip]:
-    """The model, and the held-out reference of a seed."""
-    return load(model), render(sample_pair(seed, "eval", sprites=1)[0])
-
-
-def reuse_scores(backbone: Backbone, clip: WorldClip, seed: int, banks: Mapping[str, MotionBank]) -> dict[str, Scores]:
-    """Score the reuse of banks, and beside it plain generation and guidance for every video."""
+def ways_without(backbone: Backbone, clip: WorldClip, seed: int) -> dict[str, Callable[[], Scores]]:
+    """Plain generation, and guidance for every video."""
     return {
-        "plain": mean_scores(backbone, clip, seed, None, MethodSettings(name="none")),
-        "guided for every video": mean_scores(backbone, clip, seed, clip, GUIDED),
-        **{name: mean_scores(backbone, clip, seed, bank, REUSED) for name, bank in banks.items()},
+        "plain": partial(mean_scores, backbone, clip, seed, None, MethodSettings(name="none")),
+        "guided for every video": partial(mean_scores, backbone, clip, seed, clip, GUIDED),
     }
 
 
-def learned_each(
-    backbone: Backbone, clip: WorldClip, recipes: Mapping[str, MethodSettings], seed: int
-) -> dict[str, MotionBank]:
-    """Learn a bank in every way."""
-    return {name: learned(backbone, clip, method, seed) for name, method in recipes.items()}
+def reused(backbone: Backbone, clip: WorldClip, seed: int, bank: MotionBank) -> Scores:
+    """Score the reuse of a bank."""
+    return mean_scores(backbone, clip, seed, bank, REUSED)
 
 
 def learned(
@@ -398,30 +334,41 @@ def differences_by_shot(rows: Mapping[str, Any], seeds: Sequence[int]) -> dict[s
 
 
 PARTS = {
-    "zero-shot": lambda model: partial(recipe_scores, model, {"coordinates, lasting": DEFAULT}),
-    "recipes": lambda model: partial(all_recipe_scores, model),
-    "sweep": lambda model: partial(sweep_scores, model),
-    "combined": lambda model: partial(recipe_scores, model, COMBINED),
-    "compaction": lambda model: partial(compaction_scores, model),
-    "sizes of videos": lambda model: partial(other_size_scores, model),
+    "zero-shot": zero_shot_ways,
+    "recipes": recipe_ways,
+    "compaction": compaction_ways,
+    "sizes of videos": other_size_ways,
 }
+
+
+def part_scores(model: str, part: str, wanted: str, seed: int) -> dict[str, Scores]:
+    """Score the ways of a part that are wanted, on the held-out reference of a seed."""
+    backbone, clip = load(model), render(sample_pair(seed, "eval", sprites=1)[0])
+    return {name: way() for name, way in PARTS[part](backbone, clip, seed).items() if re.search(wanted, name)}
 
 
 def main() -> None:
     """Measure what is asked for and write it among the rest."""
     asked = _parser().parse_args()
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
-    about = {"command": command(), "commit": commit(), "machine": machine()}
-    results["sizes"] = {**about, "rows": sizes()}
+    results["sizes"] = {"command": command(), "commit": commit(), "rows": sizes()}
     write_json(asked.out, results)
     with start_workers(asked.workers) as pool:
         for model, part in itertools.product(asked.models, asked.parts):
             seeds = range(FIRST_SEED + asked.skip, FIRST_SEED + asked.skip + asked.clips)
-            scores = Bench(asked.clips, pool).scores(PARTS[part](model), seeds, f"{model}: {part}")
-            rows = summary(scores)
-            told = {**about, "measured": datetime.now(UTC).isoformat(timespec="seconds"), "references": asked.clips}
-            results.setdefault(model, {})[part] = {
-                **told,
+            score = partial(part_scores, model, part, asked.ways)
+            measured = summary(Bench(asked.clips, pool).scores(score, seeds, f"{model}: {part}"))
+            about = {
+                "command": command(),
+                "commit": commit(),
+                "machine": machine(),
+                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            before = results.setdefault(model, {}).get(part, {})
+            kept = before["rows"] if before.get("seeds") == list(seeds) else {}
+            rows = kept | {name: {**row, **about} for name, row in measured.items()}
+            results[model][part] = {
+                "seeds": list(seeds),
                 "rows": rows,
                 "differences": differences(rows),
                 "motion fidelity by shot": differences_by_shot(rows, seeds),
@@ -436,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", type=int, default=0, help="leave out so many references first")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--ways", default="", help="a regular expression: of a part, measure the ways that it finds")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS / "bank-recipes.json")
     return parser

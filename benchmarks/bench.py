@@ -288,6 +288,9 @@ def random_backbone(pipeline: CogVideoXPipeline, **execution: Any) -> CogVideoX:
 class GuidedIteration:
     """One iteration of latent optimisation: forward pass, motion loss, backward pass, update."""
 
+    backbone: CogVideoX
+    block: int
+    reference: MotionReference
     guidance: Guidance
     latents: Tensor
     embeds: Tensor
@@ -303,24 +306,14 @@ class GuidedIteration:
         method = MethodSettings(blocks=(block,), iterations=1, injection=False).resolve(backbone.defaults)
         motion = reference_from_latents(backbone, reference, embeds, method)
         positions = FreePosition(backbone.default_position(grid))
-        return cls(Guidance(backbone, method, 10, positions, motion), latents, embeds)
-
-    @property
-    def backbone(self) -> CogVideoX:
-        return self.guidance.backbone
-
-    @property
-    def block(self) -> int:
-        return self.guidance.method.blocks[0]
-
-    @property
-    def reference(self) -> MotionReference:
-        return self.guidance.reference
+        guidance = Guidance(backbone, method, guided_steps=10, injected_steps=0, positions=positions, reference=motion)
+        return cls(backbone, block, motion, guidance, latents, embeds)
 
     def ours(self) -> tuple[float, Tensor]:
         """Return loss and updated latents, by the code that guided sampling runs."""
         draft = Draft.begin(self.latents, [self.embeds], self.backbone.solver(50), torch.Generator())
         steered = self.guidance.steer(0, TIMESTEP, [draft], None)
+        assert steered is not None
         return steered.losses[0], draft.latents
 
     def whole(self) -> tuple[float, Tensor]:

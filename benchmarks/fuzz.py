@@ -402,7 +402,7 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> Report:
     return report
 
 
-_DEATHS = {
+_DEATHS: dict[int, str] = {
     signal.SIGPROF: f"one input took more than {CPU_SECONDS} seconds of processor time",
     signal.SIGKILL: f"one input took more than {WALL_SECONDS} seconds without doing anything, or the memory of all",
 }

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import ray
@@ -58,7 +59,7 @@ class SleepingRow(FinishRow):
         return {"output_uri": stored.uri, "output_sha256": stored.sha256, "output_bytes": stored.bytes}
 
     @property
-    def _worker(self) -> None:  # type: ignore[override]  # no model
+    def _worker(self) -> None:
         return None
 
 
@@ -123,9 +124,9 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "read-ahead.json")
     asked = parser.parse_args()
-    pipeline.graph.read_reference, pipeline.graph.FinishRow = counted_read, SleepingRow
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with TemporaryDirectory(prefix="ra-") as folder:
+    stages = mock.patch.multiple(pipeline.graph, read_reference=counted_read, FinishRow=SleepingRow)
+    with stages, TemporaryDirectory(prefix="ra-") as folder:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         figures = measure(Path(folder), asked.references, asked.seconds, asked.actors)
     print(json.dumps(figures, indent=2))
