@@ -40,10 +40,8 @@ ONE_NOISE = "one noise"
 OCCLUSIONS = "four times the weight around occlusions"
 WAYS = {
     ONE_NOISE: MethodSettings(),
-    "measured in the predicted video": MethodSettings(measured="prediction"),
     "block 3 alone": MethodSettings(blocks=(3,)),
     "temperature 1": MethodSettings(temperature=1.0),
-    "15 iterations": MethodSettings(iterations=15),
     OCCLUSIONS: MethodSettings(),
 }
 """`one noise` is what the others are held against: the model's defaults."""
