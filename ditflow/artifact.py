@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ditflow.types import NonFiniteError, check_finite
+
 _HEADER = "ditflow"
 _OF_HEADER, _OF_TENSORS = "sha256_header", "sha256_tensors"
 _UNSET = "0" * 64
@@ -28,7 +30,12 @@ class ArtifactError(ValueError):
 
 
 def write_artifact(kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """Serialise tensors with a header and the hashes of both; the same input gives the same bytes."""
+    """Serialise tensors with a header and the hashes of both; the same input gives the same bytes.
+
+    Raises NonFiniteError for values that are NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        check_finite(f"{name} of the {kind}", tensor)
     hashes = {_OF_HEADER: _UNSET, _OF_TENSORS: _UNSET}
     text = json.dumps({"kind": kind, "format": version, **hashes, **header}, sort_keys=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
@@ -46,6 +53,11 @@ def read_artifact(kind: str, version: int, data: bytes, name: str) -> tuple[dict
         raise ArtifactError(_no_safetensors(name, f" ({error})")) from error
     header = _checked_header(kind, version, data, name)
     _check_hash(data, _OF_TENSORS, sha256(memoryview(data)[header_end(data) :]).hexdigest(), name)
+    try:
+        for key, tensor in tensors.items():
+            check_finite(key, tensor)
+    except NonFiniteError as error:
+        raise ArtifactError(f"{name} has values that no video can be made of: {error}. Make the file again") from None
     return header, tensors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditflow.backbones.base import Backbone
 from ditflow.guidance import Draft, Guidance, Steered
 from ditflow.settings import SamplingSettings
-from ditflow.types import LearnedPosition, StepRecord
+from ditflow.types import LearnedPosition, NonFiniteError, StepRecord, check_finite
 
 OnStep = Callable[[StepRecord], None]
 
@@ -39,26 +39,34 @@ def denoise(
     """Sample drafts of one size with resolved settings: their latents are denoised in place.
 
     One draft is the usual case; several share what guidance learns of positions.
-    last_step: stop behind this many steps (learning a bank needs no more than the guided ones).
+    last_step: stop after this many steps (learning a bank needs no more than the guided ones).
+
+    Raises NonFiniteError in the step in which a loss, a position or the latents become NaN or infinite.
     """
     assert sampling.steps is not None, "resolve() first"
     default_position = backbone.default_position(backbone.grid(drafts[0].latents))
     timesteps = [int(timestep) for timestep in drafts[0].solver.timesteps[:last_step]]
+    check_finite("the initial latents", *(draft.latents for draft in drafts))
     records: list[StepRecord] = []
     positions: list[LearnedPosition] = []
     for step, timestep in enumerate(timesteps):
         started = time.perf_counter()
         steered = Steered(default_position)
-        if guidance is not None:
-            warm_start = positions[-1] if positions else None
-            steered = guidance.steer(step, timestep, drafts, warm_start) or steered
-            positions += [] if steered.learned is None else [steered.learned]
-        steered_at = time.perf_counter()
         scale = guidance_scale(sampling, timestep)
-        for draft in drafts:
-            predictions = backbone.predict(draft.latents, timestep, draft.embeds, steered.position, draft.injected)
-            prediction = _classifier_free(predictions, scale)
-            draft.latents = draft.solver.step(prediction, step, draft.latents, draft.generator)
+        try:
+            if guidance is not None:
+                warm_start = positions[-1] if positions else None
+                steered = guidance.steer(step, timestep, drafts, warm_start) or steered
+                positions += [] if steered.learned is None else [steered.learned]
+                check_finite("what guidance optimised", *steered.position.values(), *(d.latents for d in drafts))
+            steered_at = time.perf_counter()
+            for draft in drafts:
+                predictions = backbone.predict(draft.latents, timestep, draft.embeds, steered.position, draft.injected)
+                prediction = _classifier_free(predictions, scale)
+                draft.latents = draft.solver.step(prediction, step, draft.latents, draft.generator)
+                check_finite("the latents", draft.latents)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"denoising step {step + 1} (timestep {timestep}): {error}") from None
         records.append(_record(step, timestep, scale, steered, started, steered_at))
         if on_step is not None:
             on_step(records[-1])

@@ -17,7 +17,7 @@ from ditflow.optimizer import OPTIMIZERS
 from ditflow.positions import FreePosition, MovedTokens
 from ditflow.reference import MotionReference, look
 from ditflow.settings import MethodSettings
-from ditflow.types import KeysValues, LearnedPosition, NonFiniteLossError, PositionEmbedding
+from ditflow.types import KeysValues, LearnedPosition, NonFiniteError, PositionEmbedding
 
 
 @dataclass
@@ -69,7 +69,7 @@ def optimise(
     instead of what they were after the last: what the updates do not agree about goes out of it (Polyak averaging).
     Returns the loss before each update, without the penalty.
 
-    Raises NonFiniteLossError at once when a loss is NaN or infinite.
+    Raises NonFiniteError at once when a loss is NaN or infinite.
     """
     variables = list(variables)
     optimiser = optimizer(variables, lr=learning_rate)
@@ -81,9 +81,9 @@ def optimise(
         loss = loss_of()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise NonFiniteLossError(
-                f"the guidance loss became {losses[-1]} in iteration {len(losses)}. Usual cause: 16-bit overflow or "
-                "a learning rate far too high; try model.dtype: float32 or a smaller method.learning_rate."
+            raise NonFiniteError(
+                f"the guidance loss became {losses[-1]} in iteration {len(losses)}. Usual cause: overflow in 16 bits, "
+                "or a learning rate far too high; try model.dtype: float32 or a smaller method.learning_rate"
             )
         (loss + penalty_of()).backward(inputs=variables)
         optimiser.step()

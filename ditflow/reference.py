@@ -16,7 +16,7 @@ from ditflow.backbones.base import Backbone
 from ditflow.losses import MOTION_LOSSES, MotionLoss, Payload
 from ditflow.motion import consecutive
 from ditflow.settings import MethodSettings
-from ditflow.types import TokenGrid
+from ditflow.types import TokenGrid, check_finite
 
 _KIND, _FORMAT = "motion reference", 2
 
@@ -107,9 +107,11 @@ def reference_from_latents(
     """Take the motion signal from reference latents (paper, section 3.2).
 
     They are clean and at timestep 0, unless the loss asks for a noised reference: then the noise is always the same.
-    source_embeds are the empty prompt's text embeddings; `method` is resolved.
+    source_embeds are the empty prompt's text embeddings; `method` is resolved. Raises NonFiniteError if the latents or
+    their motion are not finite.
     """
     grid = backbone.grid(latents)
+    check_finite("the reference's latents", latents)
     payloads: dict[int, Payload] = {}
     if method.loss is not None:
         assert method.blocks is not None, "resolve() first"
@@ -117,6 +119,8 @@ def reference_from_latents(
         with torch.no_grad():
             captured = look(backbone, latents, source_embeds, loss, method.blocks)
             payloads = {block: loss.reference(captured[block], grid) for block in method.blocks}
+        for block, payload in payloads.items():
+            check_finite(f"the reference's motion in block {block}", *payload.values())
     kept = latents.float().cpu() if method.injects else None
     return MotionReference(grid, backbone.revision, method.loss, payloads, kept)
 

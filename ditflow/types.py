@@ -27,8 +27,19 @@ class StaticReferenceError(ValueError):
     """The reference shows no motion at all: there is nothing to transfer."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """A guidance loss became NaN or infinite."""
+class NonFiniteError(ArithmeticError):
+    """A loss, latents, positions or pixels became NaN or infinite."""
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raise NonFiniteError if a floating-point tensor has a value that is NaN or infinite."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+            count = tensor.numel() - int(finite.sum())
+            raise NonFiniteError(
+                f"{what}: {count} of {tensor.numel()} values are NaN or infinite. Usual cause: overflow in 16 bits, or "
+                "a learning rate far too high; try model.dtype: float32 or a smaller method.learning_rate"
+            )
 
 
 @dataclass(frozen=True)

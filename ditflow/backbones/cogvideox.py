@@ -30,7 +30,16 @@ from transformers.utils import logging as transformers_logging
 from ditflow.backbones.base import Geometry, TextLimit
 from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
 from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
-from ditflow.types import Capture, CaptureKind, Features, KeysValues, PositionEmbedding, QueriesKeys, TokenGrid
+from ditflow.types import (
+    Capture,
+    CaptureKind,
+    Features,
+    KeysValues,
+    PositionEmbedding,
+    QueriesKeys,
+    TokenGrid,
+    check_finite,
+)
 
 PIPELINES = ("CogVideoXPipeline",)
 """Pipeline classes of model folders that this file can run."""
@@ -190,11 +199,13 @@ class CogVideoX:
         """Decode to uint8 [T, H, W, 3].
 
         The last `frames` frames count: padding for a temporal patch stands in front, and the VAE's decoder gives
-        the first latent four frames instead of one when the number of latent frames is even.
+        the first latent four frames instead of one when the number of latent frames is even. Raises NonFiniteError if
+        the decoder overflowed.
         """
         wanted = -(-frames // self.geometry.temporal)
         scaled = latents[:, latents.shape[1] - wanted :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         video = self.vae.decode(scaled.to(self.vae.dtype)).sample[0].float()
+        check_finite("the decoded video", video)
         pixels = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 3, 0)[-frames:].cpu().numpy()
 

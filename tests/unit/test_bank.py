@@ -1,7 +1,9 @@
 """Motion banks: learned once, kept bit by bit, reused without optimisation, and refused where they do not fit."""
 
 import json
+import math
 import pickle
+import struct
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from ditflow.motion import motion_statistics
 from ditflow.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings, SettingsError, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
-from ditflow.types import TokenGrid
+from ditflow.types import NonFiniteError, TokenGrid
 
 STEPS, GUIDED_STEPS = 4, 2
 PROMPT = "a red ball"
@@ -230,6 +232,7 @@ DAMAGED = {
     "a schedule of millions": (lambda bank: with_header(bank, timesteps=[0] * 10**6), "timesteps .*up to 1000"),
     "steps of text": (lambda bank: with_header(bank, steps="4"), "steps '4': expected a count"),
     "losses of text": (lambda bank: with_header(bank, losses=["ab"]), "losses .*expected a list of numbers"),
+    "losses of NaN": (lambda bank: with_header(bank, losses=[[math.nan]]), "losses .*expected a list of numbers"),
     "a step without losses": (lambda bank: with_header(bank, losses=[[]]), "losses .*expected a list of numbers"),
     "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5: expected a text"),
     "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance .*three counts"),
@@ -295,6 +298,19 @@ def test_a_damaged_bank_is_refused_with_what_is_wrong(rotary, damage, message):
     with pytest.raises(ArtifactError, match=f"^my.safetensors .*(?:{message})") as caught:
         MotionBank.from_bytes(damage(rotary), "my.safetensors")
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_bank_with_a_value_that_is_not_finite_is_neither_read_nor_written(value):
+    bank = small_bank()
+    data = bank.to_bytes()
+    at = data.index(struct.pack("<f", 0.5), header_end(data))
+    data = sealed(data[:at] + struct.pack("<f", value) + data[at + 4 :])
+    with pytest.raises(ArtifactError, match=r"^my.safetensors .*key.whole: 1 of 24 values are NaN or infinite"):
+        MotionBank.from_bytes(data, "my.safetensors")
+    bank.parts["key"].whole[0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match=r"key.whole of the motion bank: 1 of 24"):
+        bank.to_bytes()
 
 
 # ---------------------------------------------------------------------- one changed byte

@@ -18,7 +18,7 @@ from ditflow.positions import positions_of
 from ditflow.reference import MotionReference, reference_from_latents
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, generate_latents, transfer_latents
-from ditflow.types import NonFiniteLossError, QueriesKeys, StaticReferenceError, TokenGrid
+from ditflow.types import NonFiniteError, QueriesKeys, StaticReferenceError, TokenGrid
 
 STEPS, GUIDED_STEPS, ITERATIONS = 4, 2, 3
 RATES = (0.05, 0.02)
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_ends_the_optimisation_at_once(bad):
         calls.append(variable.detach().clone())
         return quadratic(variable) * (bad if len(calls) == 3 else 1)
 
-    with pytest.raises(NonFiniteLossError, match=f"{bad} in iteration 3.*smaller method.learning_rate"):
+    with pytest.raises(NonFiniteError, match=f"{bad} in iteration 3.*smaller method.learning_rate"):
         optimise([variable], loss_of, 0.1, iterations=10)
     assert len(calls) == 3
     assert torch.equal(variable.detach(), calls[-1])

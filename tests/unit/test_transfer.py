@@ -1,5 +1,6 @@
 """From a prompt and a video to a video: seeds, inputs, guidance scales and records."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -12,10 +13,12 @@ import torch
 from tiny import FRAMES, SIZE
 
 from ditflow.denoise import guidance_scale
+from ditflow.guidance import optimise
 from ditflow.losses import MOTION_LOSSES
 from ditflow.reference import extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, _seed_of_draft, learn_bank, transfer_latents, transfer_motion
+from ditflow.types import NonFiniteError
 
 PROMPT = "a red ball"
 CLIP = (FRAMES, SIZE, SIZE)
@@ -52,6 +55,59 @@ def test_zero_shot_is_learning_a_bank_with_one_prompt_and_reusing_it_with_anothe
     assert torch.equal(zero_shot.latents, generate(backbone, bank, method).latents)
     assert zero_shot.losses == []
     assert not torch.equal(zero_shot.latents, generate(backbone, moving_video, method).latents)
+
+
+# ---------------------------------------------------------------------- values that are not finite
+
+
+def overflows(monkeypatch, target, name: str, call: int) -> None:
+    """From its `call`-th call on, what a method returns is infinite."""
+    method, calls = getattr(target, name), itertools.count(1)
+
+    def overflowing(*inputs, **options):
+        came = method(*inputs, **options)
+        return came if next(calls) < call else came * math.inf
+
+    monkeypatch.setattr(target, name, overflowing)
+
+
+def test_latents_that_overflow_end_the_run_in_their_step(backbone, monkeypatch):
+    overflows(monkeypatch, type(backbone.solver(4)), "step", 3)
+    with pytest.raises(NonFiniteError, match=r"^denoising step 3 \(timestep \d+\): the latents: \d+ of \d+ values"):
+        generate(backbone, method=PLAIN, sampling=replace(SAMPLING, steps=4))
+
+
+@pytest.mark.parametrize("optimize", ["latent", "position", "coordinates"])
+def test_guidance_that_leaves_nothing_finite_ends_the_run_in_its_step(backbone, moving_video, monkeypatch, optimize):
+    def diverging(variables, *rest):
+        losses = optimise(variables := list(variables), *rest)
+        for variable in variables if rest[1] == 2e-3 else ():
+            variable.detach().fill_(math.inf)
+        return losses
+
+    monkeypatch.setattr("ditflow.guidance.optimise", diverging)
+    method = replace(METHOD, optimize=optimize, guided_steps=2, learning_rate=(1e-3, 2e-3))
+    with pytest.raises(NonFiniteError, match=r"^denoising step 2 .*what guidance optimised: \d+ of \d+ values"):
+        generate(backbone, moving_video, method)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(backbone, moving_video):
+    method = replace(METHOD, guided_steps=2, learning_rate=(1e-3, 3e37))
+    with pytest.raises(NonFiniteError, match=r"^denoising step 2 .*loss became nan in iteration 2"):
+        generate(backbone, moving_video, method)
+
+
+def test_a_decoder_that_overflows_makes_no_video(backbone, monkeypatch):
+    with torch.no_grad():
+        monkeypatch.setattr(backbone.vae.config, "scaling_factor", 1e-45)
+        with pytest.raises(NonFiniteError, match="the decoded video: .* model.dtype: float32"):
+            generate(backbone, method=PLAIN)
+
+
+def test_a_reference_that_is_not_finite_is_refused(backbone, moving_video, monkeypatch):
+    monkeypatch.setattr(backbone.vae.config, "scaling_factor", math.inf)
+    with pytest.raises(NonFiniteError, match="^the reference's latents: "):
+        generate(backbone, moving_video)
 
 
 # ---------------------------------------------------------------------- noise candidates
