@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.table import printable
 from pipeline.catalogue import Catalogue, Contents, chosen_where
 from pipeline.conditions import rows_sorted, rows_where
 from pipeline.store import Store, read_uri
@@ -36,7 +35,7 @@ def listed(
 def _tell(contents: Contents, say: Say) -> None:
     """Say what a catalogue leaves out, and whether it could be kept."""
     for message in contents.refused.values():
-        say(printable(f"left out: {message}"))
+        say(f"left out: {message}")
     if contents.unwritten is not None:
         say(f"the catalogue was read from the banks, and is not kept for the next time: {contents.unwritten}")
 

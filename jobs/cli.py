@@ -17,9 +17,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from jobs.streams import outlived, prepare
+from jobs.table import Screen, stdout_screen
 
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
@@ -46,7 +46,7 @@ app.add_typer(manifest_app, name="manifest")
 app.add_typer(bank_app, name="bank")
 app.add_typer(mini_app, name="mini")
 
-screen = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+screen = Screen(stderr=True, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print machine-readable lines on stdout.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key of the spec: model.path=mini")]
@@ -404,7 +404,6 @@ def _to_measure(job: Job) -> list[Task]:
 def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
     """Say what is planned; return how many prompts are too long for the model, None if that is not known."""
     from ditflow import backbones
-    from jobs.table import printable
     from pipeline.cache import local_model
 
     counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
@@ -425,7 +424,7 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
         screen.print(
             f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit.tokens} tokens that the model "
             "reads; what comes after these changes nothing. The manifest marks their rows (prompt_cut). "
-            f"The first, of {tokens} tokens: {printable(f'{first:.100}')}"
+            f"The first, of {tokens} tokens: {first:.100}"
         )
     return len(cut)
 
@@ -617,8 +616,10 @@ def manifest_verify(
         problems = manifest.verify(check_hashes=hashes)
         damaged = any(problem.kind == "manifest_unreadable" for problem in problems)
         rows = "unknown" if damaged else len(manifest.statuses())
+    show = stdout_screen()
     for problem in problems:
-        _emit(**asdict(problem)) if as_json else print(f"{problem.kind}: {problem.row_id or ''} {problem.detail}")
+        told = f"{problem.kind}: {problem.row_id or ''} {problem.detail}"
+        _emit(**asdict(problem)) if as_json else show.print(told, soft_wrap=True)
     screen.print(f"{rows} rows, {len(problems)} problems")
     if problems:
         raise typer.Exit(OTHER_ERROR)
@@ -685,14 +686,13 @@ def bank_verify(
     """Read every bank whole, and check it by its hashes and its job's manifest."""
     from dataclasses import asdict
 
-    from jobs.table import printable
-
     with expected_errors():
         from pipeline.bank_files import check_banks
 
         count, problems = check_banks(banks, _options(storage))
+    show = stdout_screen()
     for problem in problems:
-        _emit(**asdict(problem)) if as_json else print(printable(f"{problem.key}: {problem.detail}"))
+        _emit(**asdict(problem)) if as_json else show.print(f"{problem.key}: {problem.detail}", soft_wrap=True)
     screen.print(f"{count} banks, {len(problems)} problems")
     if problems:
         raise typer.Exit(OTHER_ERROR)

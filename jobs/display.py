@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from ditflow.plot import plot_intervals
-from jobs.table import FILE_WIDTH, printable
+from jobs.table import printable, stdout_screen
 from pipeline.comparison import Comparison, Entry
 
 _MOST_REASONS = 20
@@ -23,20 +21,20 @@ def print_comparison(comparison: Comparison) -> None:
 
     Below each mean stands the gain on the baseline, and below the tables why rows have no value.
     """
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console = stdout_screen()
     if not comparison.entries:
         console.print("no row has a value of any figure")
     for category in comparison.categories:
-        title = None if comparison.categories == [None] else category or "all prompts"
+        title = None if comparison.categories == [None] else printable(category or "all prompts")
         table = Table("method", *comparison.figures, box=SIMPLE_HEAD, title=title, title_justify="left")
         for variant in comparison.variants:
             entries = [comparison.at(variant, figure, category) for figure in comparison.figures]
-            table.add_row(variant, *map(_comparison_cell, entries))
+            table.add_row(printable(variant), *map(_comparison_cell, entries))
         console.print(table)
     if comparison.entries:
         console.print(f"means with 95 % bootstrap intervals; below them the paired difference to {comparison.baseline}")
     for why in comparison.unmeasured[:_MOST_REASONS]:
-        console.print(printable(f"{why.variant}: {why.rows} rows without {why.metric}: {why.reason}"), soft_wrap=True)
+        console.print(f"{why.variant}: {why.rows} rows without {why.metric}: {why.reason}", soft_wrap=True)
     if (more := len(comparison.unmeasured) - _MOST_REASONS) > 0:
         console.print(f"... and {more} more reasons: --json has all of them")
 

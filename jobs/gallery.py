@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.console import Console
-
 from jobs.spec import SpecError, read_saved
-from jobs.table import printable
+from jobs.table import Screen
 from pipeline.job import Job, Output
 from pipeline.report import Report, write_report
 from pipeline.store import Store, StoreMissingError
@@ -15,21 +13,21 @@ from pipeline.store import Store, StoreMissingError
 SPEC_KEY = "job.yaml"
 
 
-def write_gallery(store: Store, references: bool, screen: Console) -> Report:
+def write_gallery(store: Store, references: bool, screen: Screen) -> Report:
     """Write or update the gallery of the job in a store; reference videos are read with that job's own limits."""
     job = replace(_saved_job(store, screen), output=Output(store.uri), storage_options=store.storage_options)
     with screen.status("reading the manifest") as status:
         report = write_report(job, references, lambda step: status.update(step))
     for note in sorted(set(report.without_reference.values())):
-        screen.print(printable(note))
+        screen.print(note)
     screen.print(f"{report.uri}: {report.rows} rows, {report.written} files written, {report.kept} kept")
     return report
 
 
-def _saved_job(store: Store, screen: Console) -> Job:
+def _saved_job(store: Store, screen: Screen) -> Job:
     """Return the job as it was run, or, said aloud, one with the usual limits."""
     try:
         return read_saved(store.read(SPEC_KEY).decode(), store.uri_of(SPEC_KEY))
     except (StoreMissingError, SpecError, UnicodeDecodeError) as error:
-        screen.print(printable(f"references are read with the usual limits, since the job's own are unknown: {error}"))
+        screen.print(f"references are read with the usual limits, since the job's own are unknown: {error}")
         return Job("evaluate", "report", Output(store.uri))

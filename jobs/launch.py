@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jobs.kuberay import Manifest, Manifests, SubmissionError, Wish, as_yaml, render
 from jobs.profile import SAMPLE_REGISTRY, Profile, load_profile
 from jobs.shipping import LaunchError, pack
+from jobs.table import Screen
 
 _INTERRUPTED = 130
 
@@ -41,7 +40,7 @@ class Request:
     dry_run: bool
 
 
-def start(request: Request, screen: Console) -> int:
+def start(request: Request, screen: Screen) -> int:
     """Do what was asked for; return the exit status. Raises SpecError, SubmissionError and LaunchError."""
     _check(request)
     if request.to == "kuberay":
@@ -69,7 +68,7 @@ def _check(request: Request) -> None:
 # --------------------------------------------------------------------------------------------- a cluster that runs
 
 
-def _to_ray(request: Request, screen: Console) -> int:
+def _to_ray(request: Request, screen: Screen) -> int:
     """Start a job, or take one up again, and follow it to its end; return its exit status."""
     from jobs import jobapi
 
@@ -118,7 +117,8 @@ def _to_kuberay(job: Path, request: Request, say: Callable[[str], Any]) -> None:
 def _apply(manifests: Manifests, profile: Profile, say: Callable[[str], Any]) -> None:
     for verb, some in (("apply", manifests.applied), ("create", manifests.created)):
         if some:
-            say(_kubectl([verb, "-f", "-"], some, profile).rstrip())
+            for line in _kubectl([verb, "-f", "-"], some, profile).splitlines():
+                say(line)
 
 
 def _kubectl(arguments: list[str], manifests: list[Manifest], profile: Profile) -> str:

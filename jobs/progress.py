@@ -12,11 +12,10 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from jobs.status import duration
-from jobs.table import printable
+from jobs.table import Screen, printable
 from pipeline.cluster import unplaced_actors
 from pipeline.pace import RECENT_ROWS, RECENT_S, busy_share, recent_since, rows_per_hour
 from pipeline.status import Whereabouts, longest_at_work, whereabouts
@@ -54,7 +53,7 @@ class RowProgress:
         self,
         name: str,
         rows: int,
-        screen: Console,
+        screen: Screen,
         store: Store,
         motions: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -100,8 +99,7 @@ class RowProgress:
             self._count(row)
             self._say()
         if row["status"] != "ok":
-            told = printable(str(row["error_message"]))
-            self._bar.console.print(f"{row['status']} {row['row_id']}: {told}", markup=False)
+            self._bar.console.print(f"{row['status']} {row['row_id']}: {row['error_message']}")
 
     def look(self) -> None:
         """See where the work is, and say it."""
@@ -159,7 +157,7 @@ class RowProgress:
         ]
         told = ", ".join(filter(None, facts))
         waits = f"waiting for {', and '.join(self._waits_for)}" if self._waits_for and left else ""
-        return separator.join(filter(None, [told, self._whereabouts() if left else "", waits]))
+        return separator.join(map(printable, filter(None, [told, self._whereabouts() if left else "", waits])))
 
     def _pace(self) -> tuple[float | None, float | None]:
         """Return rows per hour, and how busy the processes are, in the last while."""

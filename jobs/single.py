@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditflow import backbones
@@ -22,6 +21,7 @@ from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, transfer_motion
 from ditflow.types import StepRecord
 from ditflow.video import Clip, read_video, write_video
+from jobs.table import Screen
 from pipeline.job import DEFAULT_FPS
 
 
@@ -36,13 +36,13 @@ class ReferenceClip:
     start: int
     stride: int
 
-    def read(self, backbone: Backbone, screen: Console) -> Clip:
+    def read(self, backbone: Backbone, screen: Screen) -> Clip:
         """Decode it at a size that the model can do; SettingsError and VideoError say why not."""
         frames, height, width = self.size(backbone)
         backbone.latent_shape(frames, height, width)
         clip = read_video(self.path, frames=frames, height=height, width=width, start=self.start, stride=self.stride)
         for note in clip.notes:
-            screen.print(f"{self.path}: {note}", markup=False)
+            screen.print(f"{self.path}: {note}")
         return clip
 
     def size(self, backbone: Backbone) -> tuple[int, int, int]:
@@ -79,7 +79,7 @@ def transfer(
     method: MethodSettings,
     sampling: SamplingSettings,
     seed: int,
-    screen: Console,
+    screen: Screen,
     save_bank: Path | None = None,
     plot: Path | None = None,
     picture: Path | None = None,
@@ -139,7 +139,7 @@ def extract(
     *,
     model: str,
     method: MethodSettings,
-    screen: Console,
+    screen: Screen,
     plot: Path | None = None,
 ) -> dict[str, Any]:
     """Extract a video's attention motion flow; return a summary."""
@@ -169,7 +169,7 @@ def _as_learned(
 
 
 def _source(
-    reference: ReferenceClip | ReusedBank, backbone: Backbone, method: MethodSettings, screen: Console
+    reference: ReferenceClip | ReusedBank, backbone: Backbone, method: MethodSettings, screen: Screen
 ) -> tuple[np.ndarray | MotionBank | None, tuple[int, int, int], float]:
     """What moves the new video, its size, and its frames per second."""
     if isinstance(reference, ReusedBank):
@@ -183,7 +183,7 @@ def _source(
 
 
 @contextmanager
-def _showing_steps(screen: Console, method: str, steps: int | None) -> Iterator[OnStep]:
+def _showing_steps(screen: Screen, method: str, steps: int | None) -> Iterator[OnStep]:
     """Show a progress bar over denoising steps, with the loss of the newest guided one."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.fields[loss]}"), TimeRemainingColumn())
     with Progress(TextColumn(method), *columns, console=screen) as progress:
@@ -204,5 +204,5 @@ def _check_folders(*files: Path | None) -> None:
             raise ValueError(f"{file}: the folder {file.parent} does not exist: make it first")
 
 
-def _say_written(screen: Console, files: Sequence[Path | None]) -> None:
+def _say_written(screen: Screen, files: Sequence[Path | None]) -> None:
     screen.print("written: " + ", ".join(str(file) for file in files if file is not None))

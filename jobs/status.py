@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from rich.console import Console
-
-from jobs.table import printable
+from jobs.table import Screen
 from pipeline.status import Attempt, Failure, Runner, Status, Watch
 from pipeline.store import Store, StoreError
 
@@ -17,7 +15,7 @@ _SHOWN_IN_FLIGHT = 8
 
 
 def show_status(
-    store: Store, screen: Console, as_json: bool, every_s: float | None, sleep: Callable[[float], None] = time.sleep
+    store: Store, screen: Screen, as_json: bool, every_s: float | None, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Print how the job in a store goes; with `every_s`, again after so many seconds until it is at rest or Ctrl-C.
 
@@ -40,7 +38,7 @@ def show_status(
             return
 
 
-def _looked_again(watch: Watch, screen: Console) -> Status | None:
+def _looked_again(watch: Watch, screen: Screen) -> Status | None:
     try:
         return watch.look()
     except StoreError as error:
@@ -48,7 +46,7 @@ def _looked_again(watch: Watch, screen: Console) -> Status | None:
         return None
 
 
-def _show(status: Status, store: Store, screen: Console, as_json: bool, clear: bool) -> None:
+def _show(status: Status, store: Store, screen: Screen, as_json: bool, clear: bool) -> None:
     if as_json:
         print(json.dumps(status.to_dict()), flush=True)
         return
@@ -57,7 +55,7 @@ def _show(status: Status, store: Store, screen: Console, as_json: bool, clear: b
     elif clear:
         screen.print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
     for name, told in lines(status, store.uri, datetime.now(UTC)):
-        screen.print(f"{name:>16}  {printable(told)}")
+        screen.print(f"{name:>16}  {told}")
 
 
 def lines(status: Status, uri: str, now: datetime) -> Iterator[tuple[str, str]]:

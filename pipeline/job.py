@@ -269,6 +269,9 @@ class Job:
 
     def __post_init__(self) -> None:
         LogSettings.parse(self.log, "log")
+        if not self.name.isprintable() or not 0 < len(self.name) <= _LONGEST_NAME:
+            expected = f"1 to {_LONGEST_NAME} characters in one line, without control characters"
+            raise SettingsError("name", self.name, expected)
         if not all(map(is_tag, self.tags)):
             raise SettingsError("tags", self.tags, TAGS)
         if self.tags and self.kind != "build-bank":
@@ -346,6 +349,9 @@ class Job:
             "video": settings["video"],
             "dtype": self.model.dtype,
         }
+
+
+_LONGEST_NAME = 200
 
 
 def is_tag(text: str) -> bool:

@@ -603,6 +603,26 @@ def test_a_wrong_spec_is_one_clear_line_and_status_2(spec, override, said):
     assert "AKIA" not in error
 
 
+FORGED = "\x1b[2J\x9b31m\nerror: forged"
+
+
+@pytest.mark.parametrize("name", [FORGED, "", "x" * 201, "a\u202eb"])
+def test_a_job_has_a_name_of_one_line(spec, name):
+    spec.write_text(yaml.safe_dump({**yaml.safe_load(spec.read_text()), "name": name}))
+    (said,) = errors_of(ditflow("plan", spec, status=2))
+    assert re.search("name: .*one line, without control characters", said)
+
+
+@pytest.mark.parametrize("key", ["output", "references", "model"])
+def test_nothing_that_a_spec_names_commands_the_terminal(spec, tmp_path, key):
+    values = yaml.safe_load(spec.read_text())
+    values[key] |= {"path" if key == "model" else "uri": f"{tmp_path}/{FORGED}"}
+    spec.write_text(yaml.safe_dump(values))
+    result = ditflow("plan", spec, status=0 if key == "output" else 2)
+    assert "forged" in result.stderr
+    assert not re.search(r"[\x1b\x9b]|^error: forged", result.stderr, re.MULTILINE)
+
+
 @pytest.mark.parametrize("text", ["kind: [", "- a", "", "kind: !!python/object/apply:os.getcwd []"], ids=range(4))
 def test_a_file_that_is_no_spec_is_one_clear_line_and_status_2(tmp_path, text):
     (tmp_path / "job.yaml").write_text(text)

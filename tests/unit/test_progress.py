@@ -5,9 +5,9 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from rich.console import Console
 
 from jobs.progress import LINE_EVERY_S, STILL_S, RowProgress
+from jobs.table import Screen
 from pipeline.faults import Ledger
 from pipeline.store import Store
 
@@ -31,7 +31,7 @@ def row(clock: Clock, **changes) -> dict:
 
 
 def progress(clock: Clock, store: Store, rows: int = 100, motions=(), terminal: bool = False) -> RowProgress:
-    screen = Console(file=io.StringIO(), force_terminal=terminal, width=200, soft_wrap=True)
+    screen = Screen(file=io.StringIO(), force_terminal=terminal, width=200, soft_wrap=True)
     return RowProgress("job", rows, screen, store, motions, clock)
 
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from jobs.status import lines, show_status
+from jobs.table import Screen
 from pipeline.faults import Ledger
 from pipeline.lease import Holder, Lease
 from pipeline.manifest import Manifest
@@ -282,7 +282,7 @@ def test_a_job_that_nobody_runs_says_how_to_go_on(local_store):
 
 def test_failures_are_printed_without_what_commands_a_terminal(local_store):
     commit(local_store, "a", 1, "failed", error_message="bad \x1b[31m clip")
-    screen = Console(file=io.StringIO(), width=300, soft_wrap=True, markup=False)
+    screen = Screen(file=io.StringIO(), width=300, soft_wrap=True)
     show_status(local_store, screen, as_json=False, every_s=None)
     shown = screen.file.getvalue()
     assert "bad \ufffd[31m clip" in shown
@@ -292,7 +292,7 @@ def test_failures_are_printed_without_what_commands_a_terminal(local_store):
 def test_a_watch_ends_when_the_job_is_at_rest_and_outlasts_storage_that_is_away(local_store, monkeypatch):
     begin(local_store, planned=2, todo=2)
     commit(local_store, "a", 1)
-    screen = Console(file=io.StringIO(), width=300, soft_wrap=True)
+    screen = Screen(file=io.StringIO(), width=300, soft_wrap=True)
     waits: list[float] = []
     look = Watch.look
 
@@ -315,7 +315,7 @@ def test_a_watch_ends_when_the_job_is_at_rest_and_outlasts_storage_that_is_away(
 
 def test_as_json_a_watch_is_a_line_each_time(local_store, capsys):
     begin(local_store, planned=1, todo=1)
-    screen = Console(file=io.StringIO())
+    screen = Screen(file=io.StringIO())
     show_status(local_store, screen, True, 1.0, sleep=lambda _: commit(local_store, "a", 1))
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["todo"], second["todo"], second["ok"]) == (1, 0, 1)
@@ -324,4 +324,4 @@ def test_as_json_a_watch_is_a_line_each_time(local_store, capsys):
 
 def test_a_watch_of_no_seconds_is_refused(local_store):
     with pytest.raises(ValueError, match="--watch: 0 is not valid"):
-        show_status(local_store, Console(file=io.StringIO()), False, 0)
+        show_status(local_store, Screen(file=io.StringIO()), False, 0)
