@@ -5,18 +5,19 @@ A new one is a new file here, or in `backbones/` of a folder in `DITFLOW_PLUGINS
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditflow.backbones.base import Backbone, Geometry, TextLimit
+from ditflow.backbones.config import TEXT, Check, ModelConfigError, read_config
 from ditflow.backbones.revision import folder_revision
 from ditflow.registry import modules_of, plugin_folders
-from ditflow.settings import ExecutionSettings, ModelDefaults
+from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, SamplingSettings, SettingsError
 
 __path__ += plugin_folders("backbones")
 
@@ -44,21 +45,24 @@ def load(
     name: what the model is called in what it makes, if it lies at `path` only by chance.
     dtype: float32, bfloat16, float16, or auto: 32 bits on a CPU; on a GPU what the model was released in.
     device: cpu, cuda, cuda:1, or auto. download: whether a hub id may be fetched (tens of gigabytes).
-    Raises ModelNotFoundError. Only safetensors are read, and no code of the model's folder is run.
+    Raises ModelNotFoundError and ModelConfigError. Only safetensors are read, and no code of the model's folder is run.
     """
     folder = find_model(path, download=download)
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    family = _family(folder)
+    family, defaults = _family(folder), _own_defaults(folder)
+    family.read_geometry(folder, path, defaults)  # which checks what is about to be built
     precision = family.release_dtype(folder, target) if dtype == "auto" else _dtype(dtype)
-    return family.load(
-        folder,
-        name=name or path,
-        revision=folder_revision(folder),
-        dtype=precision,
-        device=target,
-        defaults=_own_defaults(folder),
-        execution=execution,
-    )
+    with _building_from(folder):
+        backbone: Backbone = family.load(
+            folder,
+            name=name or path,
+            revision=folder_revision(folder),
+            dtype=precision,
+            device=target,
+            defaults=defaults,
+            execution=execution,
+        )
+    return backbone
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,37 @@ def identify(path: str, *, download: bool = False) -> ModelIdentity:
 def read_text_limit(path: str, *, download: bool = False) -> TextLimit:
     """Return how long a model's prompts may be, with its tokenizer; loads no weights."""
     folder = find_model(path, download=download)
-    limit: TextLimit = _family(folder).read_text_limit(folder)
+    with _building_from(folder):
+        limit: TextLimit = _family(folder).read_text_limit(folder)
     return limit
+
+
+@contextmanager
+def _building_from(folder: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise over a folder's files into a ModelConfigError that names the folder."""
+    try:
+        yield
+    except (ModelConfigError, ModelNotFoundError, SettingsError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelConfigError(
+            f"{folder}: the model cannot be built: {type(error).__name__}: {error}. Its files do not fit together, or "
+            "one is damaged: copy the folder again from where it came"
+        ) from error
 
 
 def _family(folder: Path) -> Any:
     """Return the module of this package whose PIPELINES name the folder's pipeline class."""
-    pipeline = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
+    file = folder / "model_index.json"
+    index = read_config(file, {"_class_name": TEXT})
+    for part, classes in index.items():
+        known = not isinstance(classes, list) or classes[:1] in ([None], ["diffusers"], ["transformers"])
+        if not part.startswith("_") and not known:
+            raise ModelConfigError(
+                f"{file}: {part}: {classes!r:.100} is not valid: expected a class of diffusers or transformers. No "
+                "other code is run"
+            )
+    pipeline = index["_class_name"]
     valid: list[str] = []
     for module in modules_of(__name__):
         if pipeline in getattr(module, "PIPELINES", ()):
@@ -136,13 +164,29 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     file = folder / "ditflow.json"
     if not file.is_file():
         return {}
-    values: dict[str, Any] = json.loads(file.read_bytes())
+    values = read_config(file, _SECTIONS)
     valid = [field.name for field in fields(ModelDefaults)]
     if unknown := sorted(set(values) - set(valid)):
-        raise ValueError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
-    for section in {"losses", "variables", "lasting"} & values.keys():
-        values[section] = {name: _tuples(own) for name, own in values[section].items()}
-    return _tuples(values)
+        raise ModelConfigError(f"{file}: {', '.join(unknown)} is not valid: expected some of {', '.join(valid)}")
+    for section in _SECTIONS.keys() & values.keys():
+        values[section] = {name: _tuples(own) for name, own in (values[section] or {}).items()}
+    values = _tuples(values)
+    try:
+        ModelDefaults(**{"blocks": (0,), **values})
+        for own in (values, *(own for section in _SECTIONS.keys() & values.keys() for own in values[section].values())):
+            # Coordinates with the preset `lasting` may have every setting, each in its own limits.
+            for settings in (MethodSettings(optimize="coordinates", preset="lasting"), SamplingSettings()):
+                replace(settings, **{f.name: own[f.name] for f in fields(settings) if f.name in own})
+    except (SettingsError, TypeError) as error:
+        raise ModelConfigError(f"{file}: {error}") from error
+    return values
+
+
+_SECTION: Check = (
+    "an object of objects",
+    lambda came: came is None or (isinstance(came, dict) and all(isinstance(own, dict) for own in came.values())),
+)
+_SECTIONS = dict.fromkeys(("losses", "variables", "lasting"), _SECTION)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

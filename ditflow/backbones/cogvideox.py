@@ -8,7 +8,6 @@ a checkpointing function that leaves the captured blocks alone. All are taken aw
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ditflow.backbones.base import Geometry, TextLimit
+from ditflow.backbones.config import FLAG, ModelConfigError, count, count_or_nothing, is_count, read_config
 from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
 from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
 from ditflow.types import (
@@ -49,6 +49,41 @@ _RELEASED = {
     (30, False): ModelDefaults(blocks=(15,)),
     (42, True): ModelDefaults(blocks=(20,), dynamic_guidance_scale=True),
 }
+_TRANSFORMER = {
+    "num_layers": count(1000),
+    "num_attention_heads": count(1024),
+    "attention_head_dim": count(1024),
+    "in_channels": count(4096),
+    "patch_size": count(64),
+    "patch_size_t": count_or_nothing(64),
+    "sample_frames": count(10_000),
+    "sample_height": count(10_000),
+    "sample_width": count(10_000),
+    "text_embed_dim": count_or_nothing(65_536),
+    "time_embed_dim": count_or_nothing(65_536),
+    "max_text_seq_length": count_or_nothing(100_000),
+    "use_rotary_positional_embeddings": FLAG,
+}
+_VAE = {
+    "block_out_channels": (
+        "1 to 8 whole numbers from 1 to 8192",
+        lambda value: isinstance(value, list) and 1 <= len(value) <= 8 and all(is_count(one, 8192) for one in value),
+    ),
+    "layers_per_block": count_or_nothing(16),
+    "latent_channels": count_or_nothing(4096),
+    "temporal_compression_ratio": count(64),
+    "sample_height": count_or_nothing(65_536),
+    "sample_width": count_or_nothing(65_536),
+}
+_TEXT_ENCODER = {
+    "num_layers": count(1000),
+    "num_heads": count(1024),
+    "d_model": count(65_536),
+    "d_ff": count(262_144),
+    "d_kv": count(1024),
+    "vocab_size": count(2**20),
+}
+"""What is used of the parts' configurations, or decides how much memory they take."""
 _MOST_TEXT_TOKENS = 226  # where a configuration leaves it to diffusers' default
 # What one block keeps for its backward pass, in tensors of tokens x D: 12.1 as measured by `make bench`, and some room.
 _ACTIVATIONS_PER_BLOCK = 14
@@ -60,8 +95,8 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
     """Return the precision the model was released in (2B: float16, 5B: bfloat16), and float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32
-    config = json.loads((folder / "transformer" / "config.json").read_bytes())
-    return torch.bfloat16 if config.get("use_rotary_positional_embeddings") else torch.float16
+    config = _read_transformer(folder)
+    return torch.bfloat16 if config["use_rotary_positional_embeddings"] else torch.float16
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
@@ -74,15 +109,32 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: 
 
 
 def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geometry:
-    """Read a diffusers folder's geometry from its configurations alone."""
-    transformer, vae = (json.loads((folder / part / "config.json").read_bytes()) for part in ("transformer", "vae"))
-    return geometry_of(name, transformer, vae, defaults)
+    """Read a diffusers folder's geometry from its configurations alone.
+
+    Raises ModelConfigError for configurations that are not of a model of this family and of these weights.
+    """
+    read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
+    vae = read_config(folder / "vae" / "config.json", _VAE)
+    return geometry_of(name, _read_transformer(folder), vae, defaults)
+
+
+def _read_transformer(folder: Path) -> dict[str, Any]:
+    """Read the transformer's configuration; a larger one than its weights would be allocated before they are read."""
+    file = folder / "transformer" / "config.json"
+    config = read_config(file, _TRANSFORMER)
+    layers, width = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    weights = sum(part.stat().st_size for part in file.parent.glob("*.safetensors"))
+    if 12 * layers * width**2 > weights:  # attention and feed-forward alone, at a byte each
+        raise ModelConfigError(
+            f"{file}: {layers} layers of width {width} need more than the {weights} bytes of *.safetensors beside it. "
+            "Is the download complete?"
+        )
+    return config
 
 
 def read_text_limit(folder: Path) -> TextLimit:
     """Read how long a prompt of a diffusers folder may be; the weights are left alone."""
-    config = json.loads((folder / "transformer" / "config.json").read_bytes())
-    limit = config.get("max_text_seq_length", _MOST_TEXT_TOKENS)
+    limit = _read_transformer(folder).get("max_text_seq_length") or _MOST_TEXT_TOKENS
     return TextLimit(limit, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
