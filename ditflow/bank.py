@@ -19,6 +19,7 @@ from ditflow.motion import MotionStatistics, motion_statistics
 from ditflow.settings import MethodSettings
 from ditflow.stretch import stretched, stretched_moves
 from ditflow.types import LearnedPosition, TokenGrid
+from ditflow.video import is_selection
 
 _KIND, _FORMAT = "motion bank", 4
 _LIBRARIES = ("ditflow", "torch", "diffusers")
@@ -293,25 +294,12 @@ def _is_provenance(value: Any) -> bool:
         "reference_fps": _is_rate,
         "reference_uri": _is_text,
         "reference_sha256": _is_text,
-        "reference_video": _is_used_video,
+        "reference_video": is_selection,
         "reference_notes": lambda notes: isinstance(notes, list) and all(isinstance(note, str) for note in notes),
         "seed": lambda seed: _is_number(seed) and isinstance(seed, int) and -(2**63) <= seed < 2**63,
     }
     size = value.get("size", [1, 1, 1])
     return _is_size(size) and all(value.get(key) is None or fits(value[key]) for key, fits in checks.items())
-
-
-def _is_used_video(value: Any) -> bool:
-    """Which frames of the reference were used, at which size: what `ditflow.video.read_video` takes."""
-    counts = {"frames", "height", "width", "stride"}
-    return (
-        isinstance(value, dict)
-        and value.keys() - {"deinterlace"} == counts | {"start", "fit"}
-        and all(_is_count(value[key]) for key in counts)
-        and (value["start"] == 0 or _is_count(value["start"]))
-        and value["fit"] in ("crop", "stretch")
-        and value.get("deinterlace", "off") == "off"
-    )
 
 
 def _is_rate(value: Any) -> bool:

@@ -118,6 +118,20 @@ class VideoInfo:
     fps: float
 
 
+def is_selection(value: Any) -> bool:
+    """Whether a JSON value says which frames of a video are used and at which size, by keywords of `read_video`."""
+    counts = {"frames", "height", "width", "stride"}
+    return (
+        isinstance(value, dict)
+        and value.keys() - {"deinterlace"} == counts | {"start", "fit"}
+        and all(type(value[key]) is int and 0 < value[key] < 2**31 for key in counts)
+        and type(value["start"]) is int
+        and 0 <= value["start"] < 2**31
+        and value["fit"] in ("crop", "stretch")
+        and value.get("deinterlace", "off") == "off"
+    )
+
+
 def read_video(
     source: str | Path | bytes,
     *,

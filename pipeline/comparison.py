@@ -18,6 +18,7 @@ from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.statistics import Interval, bootstrap_interval, paired_difference
 from pipeline.manifest import Manifest
 from pipeline.measurements import Measurements, values_by_row
+from pipeline.record import recorded_settings
 from pipeline.store import Store
 
 COLUMNS = (
@@ -210,8 +211,8 @@ def method_names(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dic
     """
     known: dict[str, list[dict[str, Any]]] = {}
     names, settings_of = {}, {}
-    for row in sorted(rows, key=lambda row: row["started_at"]):
-        variant, settings = row["variant"] or row["method"], _settings(row)
+    for row in sorted(rows, key=lambda row: (row["started_at"] is not None, row["started_at"])):
+        variant, settings = row["variant"] or row["method"] or "unknown", _settings(row)
         versions = known.setdefault(variant, [])
         if settings not in versions:
             versions.append(settings)
@@ -223,7 +224,7 @@ def method_names(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dic
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row shares with all others of its method: not its frames, nor the prompt that it learns with."""
-    settings = json.loads(row["spec_json"])
+    settings = recorded_settings(row)
     method = {key: value for key, value in settings["method"].items() if key != "learn_with"}
     video = settings["video"] and {k: v for k, v in settings["video"].items() if k not in ("start", "stride")}
     return {**settings, "method": method, "video": video, "model_revision": row["model_revision"]}
@@ -231,7 +232,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def pair_of(row: Mapping[str, Any]) -> Pair:
     """Return what rows of different methods have in common if they are to be compared."""
-    video = json.dumps(json.loads(row["spec_json"])["video"])
+    video = json.dumps(recorded_settings(row)["video"])
     return (row["reference_sha256"] or row["bank_uri"], video, row["prompt"], row["seed"])
 
 

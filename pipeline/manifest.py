@@ -30,6 +30,7 @@ from pipeline.record import (
     PHASES,
     SCHEMA,
     SCHEMA_VERSION,
+    STATUSES,
     VERSION_KEY,
     check_columns,
     check_row_id,
@@ -413,7 +414,7 @@ def _decode(key: str, data: bytes, columns: Iterable[str]) -> Any:
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             _check_version(key, file.schema_arrow)
-            return _conform(file.read(columns=list(columns), use_threads=False), columns)
+            return _readable(_conform(file.read(columns=list(columns), use_threads=False), columns))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(
             f"{key} ({len(data)} bytes) is no readable manifest file: {error}. It was damaged or written by "
@@ -442,6 +443,20 @@ def _conform(table: Any, columns: Iterable[str]) -> Any:
         for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _readable(table: Any) -> Any:
+    """Return the rows, of which those that somebody gave another status than the known ones have failed.
+
+    Raises ValueError for rows without an id, which are nobody's.
+    """
+    if "row_id" in table.column_names and table["row_id"].null_count:
+        raise ValueError(f"{table['row_id'].null_count} of its rows have no row_id")
+    if "status" not in table.column_names:
+        return table
+    known = pc.is_in(table["status"], value_set=pa.array(STATUSES))
+    place = table.column_names.index("status")
+    return table.set_column(place, table.schema.field("status"), pc.if_else(known, table["status"], "failed"))
 
 
 def _schema(columns: Iterable[str]) -> Any:

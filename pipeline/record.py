@@ -6,6 +6,7 @@ A row tells how one planned piece of work ended. `make_row` checks it, `rows_to_
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ditflow.video import is_selection
 from pipeline.store import redact
 
 SCHEMA_VERSION = 1
@@ -139,6 +141,24 @@ def make_row(**values: Any) -> dict[str, Any]:
         if isinstance(text := row[name], str):
             row[name] = redact(text)
     return row
+
+
+def recorded_settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a row's `spec_json`, with `method` and `video` (None: no reference video was read).
+
+    A record may have been changed by hand or by another program. Settings that cannot be read are empty, and
+    `unreadable` says why.
+    """
+    empty: dict[str, Any] = {"method": {}, "video": None}
+    if row["spec_json"] is None:
+        return empty
+    try:
+        settings = {**empty, **json.loads(row["spec_json"])}
+    except (ValueError, TypeError, RecursionError) as error:
+        return {**empty, "unreadable": f"its spec_json cannot be read: {error}"}
+    if not isinstance(settings["method"], dict) or not (settings["video"] is None or is_selection(settings["video"])):
+        return {**empty, "unreadable": "its spec_json has another `method` or `video` than this program writes"}
+    return settings
 
 
 def rows_to_table(rows: Iterable[Mapping[str, Any]]) -> Any:

@@ -16,7 +16,7 @@ from pipeline.comparison import method_names, pair_of
 from pipeline.job import content_id
 from pipeline.manifest import is_video, output_key
 from pipeline.plan import Input
-from pipeline.record import STATUSES
+from pipeline.record import STATUSES, recorded_settings
 from pipeline.report.summary import PHASES, Figures
 
 ROWS_PER_FILE = 200
@@ -127,9 +127,8 @@ class Rows:
 
     def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return what a row's card shows."""
-        settings = json.loads(row["spec_json"]) if row["spec_json"] else {"method": {}, "video": None}
+        settings = recorded_settings(row)
         method, video = settings["method"], settings["video"] or {}
-        reference, failed = used_reference(row), row["status"] != "ok"
         return {
             **{name: row[name] for name in ("kind", "prompt", "category", "seed", "losses", "device", "node")},
             **{name: row[name] for name in ("attempts", "peak_memory_bytes", "frames", "height", "width", "fps")},
@@ -139,7 +138,7 @@ class Rows:
             "output": _relative(row["output_uri"]),
             "isVideo": is_video(row["output_uri"]),
             "bank": _name(row["bank_uri"]),
-            "reference": reference and reference.id,
+            "reference": reference.id if (reference := used_reference(row)) else None,
             "referenceUri": row["reference_uri"],
             "referenceName": _name(row["reference_uri"]),
             "motion": motion_id(row),
@@ -149,13 +148,20 @@ class Rows:
             "seconds": [row[f"seconds_{phase}"] for phase in PHASES],
             "total": row["seconds_total"],
             "finished": str(row["finished_at"] or ""),
-            "error": {part: row[f"error_{part}"] for part in ("kind", "class", "message")} if failed else None,
+            "error": _error(row, settings),
         }
+
+
+def _error(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return why there is no result, or why a record tells less than it should; None for a sound row that is ok."""
+    if "unreadable" in settings:
+        return {"kind": "unreadable", "class": "record", "message": f"{settings['unreadable']}. It was changed by hand"}
+    return None if row["status"] == "ok" else {part: row[f"error_{part}"] for part in ("kind", "class", "message")}
 
 
 def used_reference(row: Mapping[str, Any]) -> UsedReference | None:
     """Return the frames of a reference that a row used, or None for a row without one."""
-    video = json.loads(row["spec_json"])["video"] if row["spec_json"] else None
+    video = recorded_settings(row)["video"]
     if row["reference_uri"] is None or video is None:
         return None
     return UsedReference(Input.recorded(row["reference_uri"], row["reference_sha256"]), video)
@@ -178,9 +184,16 @@ def _shared_settings(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str
         for name, section in settings.items()
     }
     texts = {name: row[f"{name}_json"] for name in ("execution", "versions")}
-    about = {name: json.loads(text) for name, text in texts.items() if text}
+    about = {name: _json_or_text(text) for name, text in texts.items() if text}
     model = {"name": row["model"], "revision": row["model_revision"], "negative_prompt": row["negative_prompt"]}
     return json.dumps({**sections, "model": model, **about}, sort_keys=True)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _spent(row: Mapping[str, Any]) -> float | None:

@@ -22,6 +22,7 @@ from pipeline.job import Job
 from pipeline.manifest import output_key
 from pipeline.measurements import Figure, Measurements
 from pipeline.plan import Input
+from pipeline.record import recorded_settings
 from pipeline.stages.attempt import Desk, Outcome, shown, stopped
 from pipeline.stages.read import Row, read_unchanged
 
@@ -92,7 +93,7 @@ class EvaluateRow:
 
     def _reference(self, made: dict[str, Any]) -> np.ndarray | None:
         """The frames of the reference that were used, or None for a row without one."""
-        video = json.loads(made["spec_json"])["video"]
+        video = recorded_settings(made)["video"]
         if made["reference_uri"] is None or video is None:
             return None
         source = Input.recorded(made["reference_uri"], made["reference_sha256"])

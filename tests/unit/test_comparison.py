@@ -31,7 +31,8 @@ def row_id(variant: str, number: int) -> str:
 
 
 def spec(start: int = 0, **method) -> str:
-    return json.dumps({"method": method, "video": {"frames": 17, "start": start, "stride": 1}})
+    video = {"frames": 17, "height": 64, "width": 64, "start": start, "stride": 1, "fit": "crop"}
+    return json.dumps({"method": method, "video": video})
 
 
 def finish(store: Store, variant: str, number: int, **columns) -> str:

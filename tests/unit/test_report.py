@@ -5,6 +5,8 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from gallery import (
     FAILED,
@@ -34,6 +36,7 @@ from pipeline.faults import Policy
 from pipeline.job import References
 from pipeline.manifest import Manifest
 from pipeline.measurements import Figure, Measurements
+from pipeline.record import COLUMN_NAMES
 from pipeline.report import Report, ReportError, write_report
 from pipeline.report.rows import ROWS_PER_FILE
 from pipeline.store import Store, StoreError
@@ -112,6 +115,65 @@ def test_no_credential_reaches_any_file(local, monkeypatch):
     for secret in (b"hidden-in-plain-sight", b"AKIAABCDEFGH", b"pa55word", b"abcdef"):
         assert secret not in found, secret
     assert b"***" in found
+
+
+def edit(store: Store, number: int, change) -> None:
+    """Change the record of a row behind the program's back."""
+    key = f"manifest/{row_id(number)}.parquet"
+    table = pq.read_table(pa.BufferReader(store.read(key)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(change(table), sink)
+    store.put(key, sink.getvalue().to_pybytes())
+
+
+def with_value(column: str, value):
+    return lambda table: table.set_column(
+        table.column_names.index(column), table.schema.field(column), pa.array([value], table.schema.field(column).type)
+    )
+
+
+SETTINGS = [
+    "{",
+    "[1]",
+    "null",
+    "[" * 100_000,
+    '{"method": 1}',
+    '{"video": {"frames": 9}}',
+    '{"method": {}, "video": {"name": "/etc/passwd"}}',
+]
+
+
+@pytest.mark.parametrize("text", SETTINGS, ids=range(len(SETTINGS)))
+def test_a_record_with_settings_that_cannot_be_read_is_shown_as_such_beside_the_others(local, tmp_path, text):
+    reference = used(add_reference(tmp_path))
+    for number in (1, 2):
+        add_row(local, number, **reference)
+    edit(local, 1, with_value("spec_json", text))
+    report(local)
+    damaged, sound = sorted(rows_of(local), key=lambda shown: shown["id"])
+    assert (damaged["error"]["kind"], damaged["reference"]) == ("unreadable", None)
+    assert "spec_json" in damaged["error"]["message"]
+    assert sound["error"] is None
+    assert sound["reference"] is not None
+
+
+@pytest.mark.parametrize("column", [name for name in COLUMN_NAMES if name not in ("row_id", "status")])
+@pytest.mark.parametrize("change", ["null", "missing"])
+def test_a_record_without_one_of_its_values_is_shown_with_the_others(local, column, change):
+    add_row(local, 1)
+    add_row(local, 2, **FAILED)
+    edit(local, 1, with_value(column, None) if change == "null" else lambda table: table.drop_columns([column]))
+    assert report(local).rows == 2
+    assert len(rows_of(local)) == 2
+
+
+def test_a_record_with_a_status_of_no_kind_counts_as_failed(local):
+    add_row(local, 1)
+    add_row(local, 2)
+    edit(local, 1, with_value("status", "done"))
+    report(local)
+    assert Manifest(local).statuses() == {row_id(1): "failed", row_id(2): "ok"}
+    assert sorted(index_of(local)["rows"]["status"]) == [0, 1]
 
 
 def test_numbers_that_json_does_not_know_are_null(local):
