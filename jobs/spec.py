@@ -29,7 +29,7 @@ from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
 from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
-from pipeline.store import Store, StoreError, public_uri, redact
+from pipeline.store import Store, StoreError, StoreOptionsError, check_address, public_uri, redact
 
 PRESETS = Path(__file__).parent
 
@@ -499,7 +499,7 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
         methods={name: _resolved(method, job.kind, defaults) for name, method in job.methods.items()},
         sampling=job.sampling.resolve(defaults),
     )
-    mistakes = [*_misfits(resolved, model, lines), *_credentials(job, lines)]
+    mistakes = [*_misfits(resolved, model, lines), *_bad_addresses(job, lines)]
     if mistakes:
         raise SpecError("\n".join(mistakes))
     return ReadySpec(resolved, model, to_yaml(resolved))
@@ -543,14 +543,17 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
     ]
 
 
-def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
-    """Credentials among the storage options, which would reach the resolved copy, and outputs that are no place."""
-    for keys, options in ((["output", "uri"], {}), (["storage_options"], job.storage_options)):
-        try:
-            Store(job.output.uri, options)
-        except StoreError as error:
-            yield lines.at(keys, str(error))
-            return
+def _bad_addresses(job: Job, lines: _Lines) -> Iterator[str]:
+    """The first of the output that is no place, addresses that are not opened, and options that are not taken."""
+    keys: tuple[str, ...] = ("output", "uri")
+    try:
+        Store(job.output.uri)
+        for keys, uri in job.addresses:
+            check_address(uri, job.storage_options)
+    except StoreOptionsError as error:
+        yield lines.at(error.key.split("."), str(error).removeprefix(f"{error.key}: "))
+    except StoreError as error:
+        yield lines.at(keys, str(error))
 
 
 def _check_kind(kind: str, method: MethodSettings) -> None:

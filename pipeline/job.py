@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -297,6 +298,21 @@ class Job:
     def read(self, uri: str) -> bytes:
         """Return the bytes of an input; StoreError if they cannot be had with the patience of the job."""
         return read_uri(uri, self.storage_options, self.faults.storage_patience_s)
+
+    @property
+    def addresses(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Every place that the job reads or writes, but its model, with the keys that name it."""
+        yield ("output", "uri"), self.output.uri
+        yield from ((("references", "uri"), uri) for uri in self.references.uris)
+        yield from ((("banks", "uri"), uri) for uri in self.banks.uris)
+        for key in ("prompts", "pairing"):
+            value = getattr(self, key)
+            if isinstance(value, Table):
+                yield (key, "uri"), value.uri
+        for key in ("clip", "tracker_weights"):
+            weights = getattr(self.metrics, key)
+            if weights is not None:
+                yield ("metrics", key), weights
 
     def with_own(self, own: OwnSettings) -> Job:
         """Return the job with the settings of one row. Only a zero-shot method learns with another prompt."""

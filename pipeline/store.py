@@ -31,7 +31,9 @@ from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import tenacity
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.core import split_protocol
+
+from pipeline.protocols import OPTIONS, TOKEN_KINDS, OptionError, options_for
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
@@ -87,8 +89,14 @@ class StoreCredentialsError(StoreForbiddenError):
     """There are no credentials, or the storage does not take them: nothing there can be read, whatever it is."""
 
 
+class StoreOptionsError(StoreError):
+    """The options of a spec hold something that is refused. key: its place in the spec."""
+
+    key = "storage_options"
+
+
 class StoreUnwritableError(StoreForbiddenError):
-    """The storage cannot be written to: no permission, no space. No row could end there."""
+    """The storage cannot be written to: no permission, no space, a root that is gone. No row could end there."""
 
 
 _SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|SECRET_KEY)$")
@@ -286,49 +294,72 @@ _REFUSED_OPTIONS = frozenset(
 def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """Return the fsspec file system that serves `uri`, and the path of `uri` in it.
 
-    On S3: one layer of retries, timeouts, a bounded connection pool, no cached listings; `storage_options`
-    may override each (for example `endpoint_url`, `requester_pays`, `config_kwargs: {read_timeout: 120}`).
+    Of `storage_options` those that the protocol has count, see `pipeline.protocols`. On S3: one layer of retries,
+    timeouts, a bounded connection pool, no cached listings; the options may override each (for example `endpoint_url`,
+    `requester_pays`, `config_kwargs: {read_timeout: 120}`).
 
-    Raises StoreError for credentials in the options or the URI, and for an unknown protocol.
+    Raises StoreError for credentials in the options or the URI, for a protocol that is not opened, and
+    StoreOptionsError for an option that is not taken.
     """
-    options = dict(storage_options or {})
-    _refuse_credentials(uri, options)
+    options = check_address(uri, storage_options or {})
     protocol = _protocol(uri)
     with _translating("open", uri):
         if protocol in LOCAL_PROTOCOLS:
-            return fsspec.filesystem("file", **options), _local_path(uri)
+            return fsspec.filesystem("file"), _local_path(uri)
         if protocol in S3_PROTOCOLS:
             return _open_s3(uri, options)
-        fs, path = url_to_fs(uri, **{"use_listings_cache": False, **options})
-        return fs, path
+        # Not url_to_fs: it takes "::" for a chain of file systems, and has options from the address that count more.
+        kind = fsspec.get_filesystem_class(protocol)
+        told = {name: value for name, value in kind._get_kwargs_from_urls(uri).items() if name in OPTIONS[protocol]}
+        fs = kind(**{"use_listings_cache": False, **told, **options})
+        return fs, fs._strip_protocol(uri)
+
+
+def check_address(uri: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of those options that count for an address. Raises what `open_fs` raises; nothing is opened."""
+    protocol = _protocol(uri)
+    if protocol.endswith(":"):
+        meant = f"{protocol}//{uri.removeprefix(protocol).removeprefix('/')}"
+        raise StoreError(redact(f"{uri!r} is no address: expected '//' after '{protocol}'. Write {meant}"))
+    if protocol not in OPTIONS:
+        raise StoreError(
+            f"cannot open {_shown(uri)}: the protocol {protocol!r:.50} is not opened here, only "
+            f"{', '.join(f'{name}://' for name in OPTIONS)}, and none through another ('::'). Copy the file to one of "
+            "these."
+        )
+    _refuse_credentials(uri, options)
+    try:
+        return options_for(protocol, options)
+    except OptionError as error:
+        refusal = StoreOptionsError(redact(str(error)))
+        refusal.key = error.key
+        raise refusal from error
 
 
 def _open_s3(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     # max_concurrency 1: with more, s3fs asks for the size before each read, two requests in place of one.
     defaults = {"use_listings_cache": False, "max_concurrency": 1}
     config = {**S3_CONFIG, **options.get("config_kwargs", {})}
-    # Not url_to_fs: it takes "::" in a file's name for a chain of file systems.
     fs = fsspec.filesystem("s3", **{**defaults, **options, "config_kwargs": config})
     fs.retries = 1
     return fs, fs._strip_protocol(uri)
 
 
 def _protocol(uri: str) -> str:
+    """Return the protocol of an address; `s3:`, which is none, of one that lacks its slashes."""
     protocol = split_protocol(uri)[0]
     if protocol is not None:
         return protocol
-    start = re.match(r"([a-z][a-z0-9]+):/?", uri)
-    remote = start is not None and start[1] not in LOCAL_PROTOCOLS and start[1] in fsspec.available_protocols()
-    if start is not None and remote and not os.path.lexists(uri):
-        meant = f"{start[1]}://{uri[start.end() :]}"
-        raise StoreError(redact(f"{uri!r} is no address: expected '//' after '{start[1]}:'. Write {meant}"))
-    return "file"
+    start = re.match(r"([a-z][a-z0-9]+):", uri)
+    if start is None or start[1] in LOCAL_PROTOCOLS or start[1] not in OPTIONS or os.path.lexists(uri):
+        return "file"
+    return start[0]
 
 
 def _refuse_credentials(uri: str, options: Mapping[str, Any]) -> None:
     found = sorted(_credential_keys(options))
     if found:
-        raise StoreError(
+        raise StoreOptionsError(
             f"storage options hold the credentials {', '.join(found)} for {_shown(uri)}. They would end up "
             "in job files and logs: remove them and set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, in the environment."
@@ -358,12 +389,13 @@ def _refuse_as_root(uri: str) -> None:
         )
 
 
-def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
+def _credential_keys(options: Mapping[str, Any], depth: int = 5) -> Iterator[str]:
+    """Yield the names of secrets among options; what is nested deeper than any option is refused as such."""
     for name, value in options.items():
-        if str(name).lower() in _REFUSED_OPTIONS:
+        if str(name).lower() in _REFUSED_OPTIONS and not (name == "token" and value in TOKEN_KINDS):
             yield str(name)
-        elif isinstance(value, Mapping):
-            yield from _credential_keys(value)
+        elif isinstance(value, Mapping) and depth:
+            yield from _credential_keys(value, depth - 1)
         elif isinstance(value, str) and redact(value) != value:
             yield str(name)
 

@@ -17,12 +17,14 @@ import yaml
 from s3fs import S3FileSystem
 
 import pipeline.store as store_module
+from pipeline.protocols import options_for
 from pipeline.store import (
     Store,
     StoreCredentialsError,
     StoreError,
     StoreForbiddenError,
     StoreMissingError,
+    StoreOptionsError,
     StoreUnwritableError,
     absolute_uri,
     fingerprint,
@@ -389,12 +391,84 @@ def test_a_file_system_without_hard_links_is_named(local_store, monkeypatch):
 
 def test_outputs_are_written_to_local_folders_and_s3_only():
     with pytest.raises(StoreError, match="only a local folder and s3://"):
-        Store("memory://run").put("a", b"")
+        Store("https://host/run").put("a", b"")
 
 
-def test_an_unknown_protocol_is_an_error_that_names_the_uri():
-    with pytest.raises(StoreError, match=r"cannot open 'nonsense://a/b'"):
-        read_uri("nonsense://a/b")
+@pytest.mark.parametrize(
+    "uri",
+    ["nonsense://a/b", "memory://a", "filecache::{url}/authorized_keys", "simplecache::{url}/a", "reference://a",
+     "blockcache::file:///etc/passwd", "zip://a::{url}/a.zip", "dir::{url}/a", "ftp://host/a", "github://a:b@/c"],
+)  # fmt: skip
+def test_a_protocol_that_is_not_listed_is_refused_before_anything_is_fetched(uri, tmp_path, web):
+    options = {"filecache": {"cache_storage": str(tmp_path / ".ssh"), "same_names": True}}
+    web["authorized_keys"] = web["a"] = web["a.zip"] = b"an attacker's"
+    for act in (read_uri, list_uris, fingerprint, sha256_of, Store):
+        for given in ({}, options):
+            with pytest.raises(StoreError, match=r"cannot open .*only file://.*s3://"):
+                act(uri.format(url=web.url), storage_options=given)
+    assert list(tmp_path.iterdir()) == []
+    assert web.requests == []
+
+
+def nested(depth: int) -> dict:
+    options: dict = {}
+    for _ in range(depth):
+        options = {"client_kwargs": options}
+    return options
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"filecache": {"cache_storage": "/home/me/.ssh", "same_names": True}}, "filecache"),
+        ({"fo": {"templates": {"a": "{{ 9 ** 9 ** 9 }}"}}}, "fo"),
+        ({"default_cache_type": "mmap"}, "default_cache_type"),
+        ({"cache_options": {"location": "/home/me/.profile"}}, "cache_options"),
+        ({"client_kwargs": {"verify": "/etc/shadow"}}, "client_kwargs.verify"),
+        ({"config_kwargs": {"client_cert": "/home/me/key.pem"}}, "config_kwargs.client_cert"),
+        ({"config_kwargs": {"retries": {"total_max_attempts": "many"}}}, "config_kwargs.retries.total_max_attempts"),
+        ({"s3_additional_kwargs": {"ACL": "public-read"}}, "s3_additional_kwargs.ACL"),
+        ({"account_host": "evil.example.com"}, "account_host"),
+        ({"endpoint": "https://evil.example.com"}, "endpoint"),
+        ({"endpoint_url": "file:///etc"}, "endpoint_url"),
+        ({"anon": "yes"}, "anon"),
+        ({"client_kwargs": 5}, "client_kwargs"),
+        (nested(5000), "client_kwargs.client_kwargs"),
+    ],
+)
+def test_an_option_that_is_not_listed_is_refused_by_its_key(options, key, tmp_path):
+    for uri in ("s3://bucket/run", "https://host/a", str(tmp_path)):
+        with pytest.raises(StoreOptionsError, match="expected|no such option") as caught:
+            open_fs(uri, options)
+        assert caught.value.key == f"storage_options.{key}"
+        assert str(caught.value).startswith(f"storage_options.{key}: ")
+        with pytest.raises(StoreOptionsError):
+            Store(uri, options)
+
+
+def test_one_set_of_options_serves_several_protocols_and_each_takes_its_own(tmp_path):
+    given = {"endpoint_url": "http://127.0.0.1:9", "headers": {"User-Agent": "me"}, "client_kwargs": {"trust_env": True},
+             "config_kwargs": {"retries": {"mode": "legacy"}}}  # fmt: skip
+    assert options_for("file", given) == {}
+    assert options_for("https", given) == {key: given[key] for key in ("headers", "client_kwargs")}
+    taken = options_for("s3", given)
+    assert taken == {"endpoint_url": given["endpoint_url"], "client_kwargs": {}, "config_kwargs": given["config_kwargs"]}
+    taken["config_kwargs"]["retries"]["mode"] = "adaptive"
+    assert given["config_kwargs"]["retries"]["mode"] == "legacy"
+    assert options_for("gs", {"token": "anon"}) == {"token": "anon"}
+
+
+def test_what_an_address_says_of_its_server_counts_as_little_as_an_option(monkeypatch):
+    class Azure:
+        _get_kwargs_from_urls = staticmethod(lambda uri: {"account_name": "me", "account_host": "evil.example.com"})
+        _strip_protocol = staticmethod(str)
+
+        def __init__(self, **options):
+            self.options = options
+
+    monkeypatch.setattr(store_module.fsspec, "get_filesystem_class", lambda protocol: Azure)
+    fs, _ = open_fs("abfss://container@evil.example.com/a")
+    assert fs.options == {"account_name": "me", "use_listings_cache": False}
 
 
 # ------------------------------------------------------------------------------------------------- secrets
