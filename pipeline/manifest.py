@@ -14,6 +14,7 @@ root, such as a bank of another job, is looked up at its absolute URI.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,13 @@ from pipeline.store import (
 )
 
 FOLDER = "manifest"
+JOB_KEY = "job.yaml"
+"""The resolved spec of the latest run."""
+RUN_KEY = "run.json"
+"""What the latest run set out to do, see `pipeline.status.Run`."""
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
+_OUR_OUTPUT = re.compile(rf"({'|'.join(OUTPUT_FOLDERS)})/([0-9a-f]{{2}}/)?[0-9a-f]{{24}}\.(mp4|safetensors)")
+"""See `Job.key` and `content_id`."""
 BANK_INDEX_KEY = "banks/index.parquet"
 """Made of the banks, and no output of a row: see `pipeline.catalogue`."""
 DIGEST_KEY = "digest.parquet"
@@ -212,22 +219,35 @@ class Manifest:
                 list(pool.map(self.store.delete, parts))
         return len(single)
 
-    def clean(self) -> list[Problem]:
-        """Remove what kills can leave behind, and return it: files that no record names, rows that stand twice.
+    def leftovers(self) -> list[Problem]:
+        """Return what kills can leave behind: outputs that no record names, and records that stand twice.
 
-        For a job at rest: an output is there before its record is.
-        Raises ManifestError for an unreadable manifest file, since it may name outputs; nothing is removed then.
+        For a job at rest: an output is there before its record is. Only files named as this program names them, and
+        none behind a symbolic link: others are somebody's own.
+        Raises ManifestError for a folder without a job or without a record, where every output would be one too many,
+        and for an unreadable manifest file, since it may name outputs.
         """
         rows = [row for _, table in self.tables() for row in table.to_pylist()]
+        if not rows or not self.store.exists(JOB_KEY):
+            missing = f"no {JOB_KEY}" if rows else f"no record in {FOLDER}/"
+            raise ManifestError(
+                f"{self.store.uri}: nothing is removed here: there is {missing}, so nothing says which outputs are one "
+                "too many. Most likely it is a folder of outputs alone, or a copy without them: copy them as well."
+            )
         single, merged = self._keys_by_kind()
         known = {row_id for key in merged for row_id in self.load(key, ["row_id"])["row_id"].to_pylist()}
         twice = [Problem(_row_id(key), "row_duplicate", f"{key}: merged before", key) for key in single]
-        twice = [problem for problem in twice if problem.row_id in known]
-        orphans = _orphans(rows, self._output_sizes())
-        for problem in [*twice, *orphans]:
+        found = [problem for problem in twice if problem.row_id in known]
+        found += [orphan for orphan in _orphans(rows, self._output_sizes()) if _OUR_OUTPUT.fullmatch(str(orphan.key))]
+        return [problem for problem in found if not self.store.is_linked(str(problem.key))]
+
+    def clean(self) -> list[Problem]:
+        """Remove `leftovers`, and return them."""
+        left = self.leftovers()
+        for problem in left:
             assert problem.key is not None
             self.store.delete(problem.key)
-        return [*twice, *orphans]
+        return left
 
     def verify(self, check_hashes: bool = True) -> list[Problem]:
         """Compare the records with the files and return every problem found, none for a sound job.

@@ -584,8 +584,16 @@ class Store:
 
     @_patient
     def delete(self, key: str) -> None:
-        """Remove the object; one that does not exist is no error. Local folders left empty go as well."""
+        """Remove the object; one that does not exist is no error. Local folders left empty go as well.
+
+        Raises StoreError for a file that a symbolic link leads to from the root: it lies elsewhere, and is not ours.
+        """
         uri = self.uri_of(key)
+        if self.is_linked(key.rpartition("/")[0]):
+            raise StoreError(
+                f"{_shown(uri)} is not removed: a folder on the way to it is a symbolic link, and links are not "
+                "followed to remove what lies elsewhere."
+            )
         with _translating("delete", uri):
             fs, path = self._at(key)
             with suppress(FileNotFoundError):
@@ -593,24 +601,45 @@ class Store:
         if self._local:
             self._prune(Path(path).parent)
 
-    def remove_unfinished(self) -> int:
-        """Remove what writers that died have left: temporary files, and parts of uploads; return how many.
+    def is_linked(self, key: str) -> bool:
+        """Return whether a file or a folder, or one that leads to it from the root, is a symbolic link."""
+        if not self._local:
+            return False
+        parts, root = key.split("/"), self._at("")[1]
+        return any(os.path.islink(os.path.join(root, *parts[:count])) for count in range(1, len(parts) + 1))
 
-        For a folder that nobody writes into.
+    def unfinished(self) -> list[str]:
+        """Return what writers that died have left: keys of temporary files, or of parts of uploads.
+
+        In a folder that nobody writes into. Symbolic links are not followed.
         """
+        with _translating("list", self.uri):
+            fs, root = self._at("")
+            if not self._local:
+                return [upload["Key"] for upload in self._uploads(fs, root)]
+            found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return sorted(os.path.relpath(path, root) for path in found if _is_temporary(path))
+
+    def remove_unfinished(self) -> int:
+        """Remove what `unfinished` returns, and return how many it was."""
         with _translating("clean", self.uri):
             fs, root = self._at("")
             if self._local:
-                left = [path for path in Path(root).rglob(f"{TEMPORARY_PREFIX}*") if path.is_file()]
+                left = [Path(root, key) for key in self.unfinished()]
                 for path in left:
                     path.unlink(missing_ok=True)
                     self._prune(path.parent)
                 return len(left)
-            bucket, folder, _ = fs.split_path(root)
-            uploads = [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
+            uploads = self._uploads(fs, root)
             for upload in uploads:
+                bucket = fs.split_path(root)[0]
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(uploads)
+
+    def _uploads(self, fs: Any, root: str) -> list[Any]:
+        """Return the uploads below the root that were begun and not completed."""
+        bucket, folder, _ = fs.split_path(root)
+        return [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
 
     def fingerprints(self) -> dict[str, str]:
         """Return a short text for every object that changes with its content, by key; see `fingerprint`."""
@@ -761,6 +790,12 @@ def _open_new(folder: str, path: str) -> int:
         with suppress(FileNotFoundError):  # a delete() elsewhere removed the folder while it was empty
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     raise StoreError(f"the folder {folder!r} vanishes each time it is made: another program removes it.")
+
+
+def _is_temporary(path: str) -> bool:
+    """Return whether a file is one of `_write_temporary`, and not one of that kind of somebody else."""
+    name = os.path.basename(path).removeprefix(TEMPORARY_PREFIX)
+    return bool(re.fullmatch("[0-9a-f]{32}", name)) and os.path.isfile(path) and not os.path.islink(path)
 
 
 def _make_folder(folder: Path) -> None:

@@ -866,11 +866,13 @@ def test_a_folder_with_secrets_in_its_address_is_refused(uri):
 def test_temporary_files_of_writers_that_died_are_removed(local_store):
     local_store.put("videos/a.mp4", b"1")
     root = Path(local_store.uri.removeprefix("file://"))
-    (root / "videos/.tmp-123").write_bytes(b"half")
+    (root / f"videos/.tmp-{'1' * 32}").write_bytes(b"half")
     (root / "banks").mkdir()
-    (root / "banks/.tmp-456").write_bytes(b"")
+    (root / f"banks/.tmp-{'2' * 32}").write_bytes(b"")
+    (root / "videos/.tmp-of-mine").write_bytes(b"")
+    assert local_store.unfinished() == [f"banks/.tmp-{'2' * 32}", f"videos/.tmp-{'1' * 32}"]
     assert local_store.remove_unfinished() == 2
-    assert [path.name for path in root.rglob("*")] == ["videos", "a.mp4"]
+    assert sorted(path.name for path in root.rglob("*")) == [".tmp-of-mine", "a.mp4", "videos"]
     assert local_store.remove_unfinished() == 0
 
 
