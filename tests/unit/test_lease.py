@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 
 import pytest
 
-from pipeline.lease import Holder, Lease, LeaseLostError
+from pipeline.lease import Holder, Lease, LeaseDamagedError, LeaseLostError, held
 from pipeline.store import Store, StoreError
 
 ELSEWHERE = {"number": 1, "token": "t", "host": "another-machine", "pid": 7, "since": "2026-01-01T00:00:00+00:00"}
@@ -37,10 +38,10 @@ def test_a_lease_is_held_for_a_block_and_given_back(store):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(local_store):
-    with Lease(local_store, expires_s=0.3):
+    with Lease(local_store, expires_s=6):
         command = (
             "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
-            "with Lease(Store(sys.argv[1]), expires_s=0.6): print('held')"
+            "with Lease(Store(sys.argv[1]), expires_s=6): print('held')"
         )
         second = subprocess.run([sys.executable, "-c", command, local_store.uri], capture_output=True, text=True)
         assert "held" not in second.stdout
@@ -87,11 +88,11 @@ HAS_UNSHARE = shutil.which("unshare") and subprocess.run([*UNSHARE, "true"], cap
 def test_of_two_containers_that_share_a_host_name_the_second_is_refused(local_store):
     command = [*UNSHARE, sys.executable, "-c"]
     lease = "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
-    hold = f"{lease}with Lease(Store(sys.argv[1]), expires_s=1): print('held', flush=True); sys.stdin.read()"
+    hold = f"{lease}with Lease(Store(sys.argv[1]), expires_s=6): print('held', flush=True); sys.stdin.read()"
     first = subprocess.Popen([*command, hold, local_store.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     assert [holder["pid"] for holder in holders(local_store)] == [1]
-    take = f"{lease}with Lease(Store(sys.argv[1]), expires_s=2): print('taken')"
+    take = f"{lease}with Lease(Store(sys.argv[1]), expires_s=6): print('taken')"
     second = subprocess.run([*command, take, local_store.uri], capture_output=True, text=True)
     first.communicate()
     assert "another run is working on this output (process 1 on" in second.stderr
@@ -109,7 +110,7 @@ import sys, time
 from pipeline.lease import Lease, LeaseHeldError
 from pipeline.store import Store
 try:
-    with Lease(Store(sys.argv[1], patience_s=30), expires_s=1):  # as a job has it
+    with Lease(Store(sys.argv[1], patience_s=30), expires_s=4):  # as a job has it
         began = time.monotonic()
         time.sleep(0.5)
         print(began, time.monotonic())
@@ -142,13 +143,13 @@ def interruptible(request):
 def wait_for_loss(lease: Lease) -> None:
     """Work until the main thread is interrupted, as it is when the lease is lost."""
     with pytest.raises(KeyboardInterrupt):
-        time.sleep(4)
+        time.sleep(60)
     lease.check()
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_run_that_was_taken_over_is_told_and_leaves_the_others_lease(local_store):
-    with Lease(local_store, expires_s=0.2) as lease:
+    with Lease(local_store, expires_s=3) as lease:
         leave(local_store, number=2)
         with pytest.raises(LeaseLostError, match="another run took this output over"):
             wait_for_loss(lease)
@@ -164,11 +165,118 @@ def test_a_run_that_ends_before_it_is_told_leaves_the_others_lease_too(store):
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(local_store, monkeypatch):
-    with Lease(local_store, expires_s=0.2) as lease:
+    with Lease(local_store, expires_s=2) as lease:
 
         def refuse(key: str, data: bytes) -> None:
             raise StoreError("the network is away", transient=True)
 
         monkeypatch.setattr(local_store, "put", refuse)
-        with pytest.raises(LeaseLostError, match=r"not be renewed for 0\.2 seconds \(the network is away\)"):
+        with pytest.raises(LeaseLostError, match=r"not be renewed for 2 seconds \(the network is away\)"):
             wait_for_loss(lease)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000001", "notes.json", "0000002.json", "٠٠٠٠٠٩.json", "x/y"])
+def test_a_foreign_file_beside_a_lease_changes_nothing(store, name):
+    store.put(f"lease/{name}", b"?")
+    with Lease(store, expires_s=6) as lease:
+        while not held(store).holder.beat:  # until it is renewed
+            lease.check()
+            time.sleep(0.1)
+        assert held(store).holder.number == 1
+    assert store.list("lease") == [f"lease/{name}"]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_error_that_nobody_expects_in_the_renewal_ends_the_run(local_store, monkeypatch):
+    with Lease(local_store, expires_s=3) as lease:
+
+        def fails(key: str, data: bytes) -> None:
+            raise ValueError("nobody thought of this")
+
+        monkeypatch.setattr(local_store, "put", fails)
+        with pytest.raises(LeaseLostError, match="can no longer be renewed .*nobody thought of this"):
+            wait_for_loss(lease)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("emptied", ["removed", "moved"])
+def test_a_run_whose_output_is_emptied_stops_and_writes_nothing_there(local_store, emptied):
+    root = local_store.uri.removeprefix("file://")
+    with Lease(local_store, expires_s=3) as lease:
+        shutil.rmtree(root) if emptied == "removed" else os.rename(root, f"{root}-moved")
+        with pytest.raises(LeaseLostError, match="its lease is gone: the output was moved, emptied or unmounted"):
+            wait_for_loss(lease)
+    assert not os.path.exists(root)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_of_two_runs_with_one_number_after_the_output_was_emptied_one_goes_on(local_store):
+    with Lease(local_store, expires_s=6) as first:
+        local_store.delete("lease/000001.json")
+        with Lease(Store(local_store.uri), expires_s=6) as second:
+            with pytest.raises(LeaseLostError, match=r"another run works on this output \(process .* was emptied"):
+                wait_for_loss(first)
+            second.check()
+            token = holders(local_store)[0]["token"]
+            first.__exit__(None, None, None)
+            assert [holder["token"] for holder in holders(local_store)] == [token], "the second one's lease is there"
+            second.check()
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it(local_store, monkeypatch):
+    clock, create = Clock(), local_store.create
+
+    def create_and_stand_still(key: str, data: bytes) -> bool:
+        created = create(key, data)
+        clock.now += 10
+        return created
+
+    monkeypatch.setattr("pipeline.lease.time.monotonic", clock)
+    monkeypatch.setattr(local_store, "create", create_and_stand_still)
+    with Lease(local_store, expires_s=3) as lease:
+        with pytest.raises(LeaseLostError, match=r"could not be renewed for 3 seconds .*stood still"):
+            wait_for_loss(lease)
+        assert holders(local_store)[0]["beat"] == 0, "it is not renewed, for another run may have begun"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_storage_that_answers_late_does_not_keep_a_run_from_noticing(local_store, monkeypatch):
+    answer = threading.Event()
+    with Lease(local_store, expires_s=0.4) as lease:
+        monkeypatch.setattr(local_store, "put", lambda key, data: answer.wait(20))
+        with pytest.raises(LeaseLostError, match="the storage does not answer"):
+            wait_for_loss(lease)
+        answer.set()
+
+
+def test_a_run_waits_for_another_as_long_as_that_ones_lease_lasts(store):
+    for theirs, waits in ((90, 90), (1, 60), (1e9, 3600)):
+        leave(store, expires_s=theirs)
+        waited = []
+        with Lease(store, expires_s=60, sleep=waited.append):
+            pass
+        assert sum(waited) == pytest.approx(waits)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"number": 1}', json.dumps({**ELSEWHERE, "pid": "7"}).encode(),
+     json.dumps({**ELSEWHERE, "pid": -1}).encode(), json.dumps({**ELSEWHERE, "number": 2}).encode(),
+     json.dumps({**ELSEWHERE, "expires_s": float("nan")}).encode()],
+)  # fmt: skip
+def test_a_damaged_lease_is_named_by_its_file(local_store, damaged):
+    local_store.put("lease/000001.json", damaged)
+    for act in (lambda: held(local_store), Lease(local_store, expires_s=0.1).__enter__):
+        with pytest.raises(LeaseDamagedError, match=r"lease/000001\.json is damaged"):
+            act()
