@@ -18,6 +18,7 @@ from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings
 from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
+from pipeline.manifest import RUN_KEY
 from pipeline.store import Store, read_uri
 
 TAGS = "words without ';' and without spaces around them, of at most 100 characters"
@@ -362,6 +363,20 @@ class Job:
             "video": settings["video"],
             "dtype": self.model.dtype,
         }
+
+
+@dataclass(frozen=True)
+class RunningJob(Job):
+    """A job that a run is at work on: its output has the run's RUN_KEY, and is not made anew when it is gone."""
+
+    @classmethod
+    def of(cls, job: Job) -> RunningJob:
+        """Return the job once its run has begun."""
+        return cls(**{one.name: getattr(job, one.name) for one in fields(job)})
+
+    def store(self) -> Store:
+        """Return the job's output folder, which waits out errors that pass by themselves."""
+        return Store(self.output.uri, self.storage_options, self.faults.storage_patience_s, needs=RUN_KEY)
 
 
 def is_tag(text: str) -> bool:

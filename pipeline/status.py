@@ -20,13 +20,11 @@ import pyarrow.compute as pc
 
 from pipeline.faults import EVALUATING, READING, Ledger
 from pipeline.lease import Held, held
-from pipeline.manifest import DIGEST, Manifest, once_each
+from pipeline.manifest import DIGEST, RUN_KEY, Manifest, once_each
 from pipeline.pace import busy_share, recent_since, rows_per_hour
 from pipeline.record import PHASES
 from pipeline.store import Entry, Store, StoreMissingError
 
-RUN_KEY = "run.json"
-"""What the latest run set out to do, see `Run`."""
 SHOWN_FAILURES = 5
 _MOST_PIECES = 1000
 

@@ -463,21 +463,30 @@ class Store:
     Safe to use from several threads. Every operation waits for `patience_s` seconds for errors that pass by
     themselves, such as throttling and lost connections; beyond what botocore retries.
 
+    needs: a key that a local root must have to be written to. A root that was moved away or unmounted is then an error,
+    and is not made anew.
+
     Raises StoreError for credentials among the options or in the URI, and for a URI with a variable that nobody has
     filled in; nothing is opened or created here.
     """
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        storage_options: Mapping[str, Any] | None = None,
+        patience_s: float = 0.0,
+        needs: str | None = None,
+    ) -> None:
         self.storage_options: dict[str, Any] = dict(storage_options or {})
-        self.patience_s = patience_s
-        _refuse_credentials(uri, self.storage_options)
+        self.patience_s, self.needs = patience_s, needs
+        check_address(uri, self.storage_options)
         _refuse_as_root(uri)
         self._local = _protocol(uri) in LOCAL_PROTOCOLS
         self.uri = f"file://{os.path.abspath(_local_path(uri))}" if self._local else uri.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store, (self.uri, self.storage_options, self.patience_s))
+        return (Store, (self.uri, self.storage_options, self.patience_s, self.needs))
 
     def __repr__(self) -> str:
         return f"Store({_shown(self.uri)})"
@@ -545,6 +554,7 @@ class Store:
         with _translating("write", uri):
             fs, path = self._at(key)
             if self._local:
+                self._check_root()
                 _write_local(path, data, os.replace)
             else:
                 self._upload(fs, path, data)
@@ -682,6 +692,7 @@ class Store:
 
     def _create(self, fs: Any, path: str, data: bytes) -> None:
         if self._local:
+            self._check_root()
             _write_local(path, data, _link)
         else:
             self._require_s3()
@@ -701,6 +712,14 @@ class Store:
             raise StoreError(
                 f"outputs cannot be written to {_shown(self.uri)}: only a local folder and s3:// offer "
                 "atomic and conditional writes here. Other protocols can be read from."
+            )
+
+    def _check_root(self) -> None:
+        """Raise StoreUnwritableError if what the root needs is not there."""
+        if self.needs is not None and not os.path.exists(os.path.join(self._at("")[1], self.needs)):
+            raise StoreUnwritableError(
+                f"the output folder {_shown(self.uri)} is gone: {self.needs} is no more in it. It was moved, removed or "
+                "unmounted while the job ran. Bring it back, or run the job again where it is now: it goes on there."
             )
 
     def _at(self, key: str) -> tuple[Any, str]:
