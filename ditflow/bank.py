@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditflow.artifact import ArtifactError, read_artifact, read_artifact_header, write_artifact
+from ditflow.artifact import (
+    MOST_TOKENS,
+    ArtifactError,
+    is_grid,
+    read_artifact,
+    read_artifact_header,
+    write_artifact,
+)
 from ditflow.backbones.base import Geometry
 from ditflow.compact import StepValues
 from ditflow.motion import MotionStatistics, motion_statistics
@@ -240,7 +247,7 @@ def _step_values(part: str, tensors: dict[str, Tensor], header: BankHeader, name
 _AXES = 3
 """Of a token's move: t, y and x."""
 _MOST_VALUES = 2**28
-"""Of all tokens in one step of a free position: 1 GiB in fp32, eight times those of CogVideoX at 49 frames of 480x720."""
+"""Of all tokens in one step of a free position: 1 GiB in fp32, eight times those of CogVideoX at its largest."""
 
 
 def _has_channels_of(part: str, values: StepValues) -> bool:
@@ -293,8 +300,8 @@ def _header(values: dict[str, Any], name: str) -> BankHeader:
     size = values.get("provenance", {}).get("size")
     if size and any(side > _MOST_PIXELS * tokens for side, tokens in zip(size, values.get("grid", size), strict=True)):
         raise ArtifactError(
-            f"{name} has a video of the size {size} on a grid of {values['grid']}: expected at most {_MOST_PIXELS} frames, "
-            "rows and columns to a token. It is damaged"
+            f"{name} has a video of the size {size} on a grid of {values['grid']}: expected at most "
+            f"{_MOST_PIXELS} frames, rows and columns to a token. It is damaged"
         )
     try:
         # JSON has no tuples.
@@ -324,10 +331,6 @@ def _is_list(value: Any, of: Callable[[Any], bool], most: int) -> bool:
 
 def _is_size(value: Any) -> bool:
     return _is_list(value, _is_count, 3) and len(value) == 3
-
-
-def _is_grid(value: Any) -> bool:
-    return _is_size(value) and math.prod(value) <= _MOST_TOKENS
 
 
 def _is_provenance(value: Any) -> bool:
@@ -374,8 +377,6 @@ def _is_motion(value: Any) -> bool:
     return all(_is_number(number) or (key == "direction" and number is None) for key, number in value.items())
 
 
-_MOST_TOKENS = 1_000_000
-"""57 times those of CogVideoX at 49 frames of 480x720; attention over more takes weeks."""
 _MOST_PIXELS = 128
 """Frames, rows or columns of the video to one token."""
 _MOST_STEPS = 1000
@@ -385,7 +386,7 @@ _MOST_TAGS = 1000
 _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a text", _is_text),
     "model_revision": ("a text", _is_text),
-    "grid": (f"three counts, of at most {_MOST_TOKENS} tokens", _is_grid),
+    "grid": (f"three counts, of at most {MOST_TOKENS} tokens", is_grid),
     "steps": (f"a count up to {_MOST_STEPS}", lambda value: _is_count(value) and value <= _MOST_STEPS),
     "timesteps": (f"up to {_MOST_STEPS} numbers", lambda value: _is_list(value, _is_number, _MOST_STEPS)),
     "method": ("a mapping", lambda value: isinstance(value, dict)),

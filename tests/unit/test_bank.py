@@ -273,10 +273,10 @@ DAMAGED = {
     "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
     "a grid of a city": (lambda bank: with_header(bank, grid=[1000, 1000, 1000]), "grid .*at most 1000000 tokens"),
     "a video of a year": (
-        lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid of .*at most 128 frames"
+        lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid .*at most 128 frames"
     ),
     "moves along six axes": (lambda bank: factors(bank, "query", 6, 1), "for query .*3 of a token's move"),
-    "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive .*at most 268435456 of"),
+    "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive .*most 268435456 of"),
     "a petabyte of nothing": (lambda bank: factors(bank, "additive", 2**50, 0), "for additive .*at most 268435456 of"),
     "values of nothing": (lambda bank: factors(bank, "additive", 5, 0), "for additive"),
     "latents of no number": (lambda bank: renamed(bank, "latents", 1, 3, 0, 8, 8), r"latents torch.float32 \[1, 3, 0"),
