@@ -114,13 +114,20 @@ def check_output(job: Job) -> None:
 
 def _read(path: Path, hint: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise SpecError(
+                f"{path}: it has more than the {_MOST_BYTES} bytes that are accepted: put prompts into a table"
+            )
+        return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}. {hint}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- YAML
 
+_MOST_BYTES = 64 * 1024**2
 _DEEPEST = 50
 _MOST_VALUES = 1_000_000
 _NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
@@ -545,15 +552,17 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
 
 def _bad_addresses(job: Job, lines: _Lines) -> Iterator[str]:
     """The first of the output that is no place, addresses that are not opened, and options that are not taken."""
-    keys: tuple[str, ...] = ("output", "uri")
-    try:
-        Store(job.output.uri)
-        for keys, uri in job.addresses:
+    for keys, uri in job.addresses:
+        try:
             check_address(uri, job.storage_options)
-    except StoreOptionsError as error:
-        yield lines.at(error.key.split("."), str(error).removeprefix(f"{error.key}: "))
-    except StoreError as error:
-        yield lines.at(keys, str(error))
+            if keys[0] == "output":
+                Store(uri)
+        except StoreOptionsError as error:
+            yield lines.at(error.key.split("."), str(error).removeprefix(f"{error.key}: "))
+            return
+        except StoreError as error:
+            yield lines.at(keys, str(error))
+            return
 
 
 def _check_kind(kind: str, method: MethodSettings) -> None:

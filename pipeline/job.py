@@ -19,7 +19,7 @@ from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
 from pipeline.manifest import RUN_KEY
-from pipeline.store import Store, read_uri
+from pipeline.store import MOST_BYTES, Store, read_uri
 
 TAGS = "words without ';' and without spaces around them, of at most 100 characters"
 KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
@@ -296,9 +296,9 @@ class Job:
         """Return the job's output folder, which waits out errors that pass by themselves."""
         return Store(self.output.uri, self.storage_options, self.faults.storage_patience_s)
 
-    def read(self, uri: str) -> bytes:
-        """Return the bytes of an input; StoreError if they cannot be had with the patience of the job."""
-        return read_uri(uri, self.storage_options, self.faults.storage_patience_s)
+    def read(self, uri: str, most: int = MOST_BYTES) -> bytes:
+        """Return the bytes of an input; StoreError if they cannot be had with the patience of the job, or are more."""
+        return read_uri(uri, self.storage_options, self.faults.storage_patience_s, most)
 
     @property
     def addresses(self) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -96,7 +96,8 @@ _WEB: _Options = {
 _HUB: _Options = {**_COMMON, "expand_info": _SWITCH}
 
 OPTIONS: Mapping[str, _Options] = {
-    **dict.fromkeys(("file", "local"), {}),
+    "file": {},
+    "local": {},
     **dict.fromkeys(("s3", "s3a"), _S3),
     **dict.fromkeys(("gs", "gcs"), _GOOGLE),
     **dict.fromkeys(("az", "abfs", "abfss"), _AZURE),

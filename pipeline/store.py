@@ -17,13 +17,13 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -31,14 +31,19 @@ from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import tenacity
+from fsspec.asyn import sync
 from fsspec.core import split_protocol
+from fsspec.exceptions import FSTimeoutError
 
 from pipeline.protocols import OPTIONS, TOKEN_KINDS, OptionError, options_for
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow, DuckDB) pass over it
-CHUNK_BYTES = 8 * 2**20  # of a streamed read or copy
+CHUNK_BYTES = 8 * 2**20  # of a local read or copy, or of a request for a range
+PIECE_BYTES = 256 * 2**10  # of an answer that comes as it comes
+MOST_BYTES = 4 * 2**30  # of an input that nothing else limits
+MOST_LISTING_BYTES = 64 * 2**20  # of a web page that lists files
 PART_BYTES = 32 * 2**20  # of a multipart upload, which s3fs starts at two parts
 PARTS_AT_ONCE = 4
 CONTENT_TYPES = {
@@ -48,6 +53,9 @@ CONTENT_TYPES = {
     "mp4": "video/mp4",
 }
 """By a name's ending: without it, a browser downloads a page from object storage and does not show it."""
+FIRST_BYTE_S = 300.0  # until an answer begins, retries of the storage's own included
+GRACE_S, LEAST_BYTES_S = 60.0, 16 * 2**10
+"""An answer that has begun may take so many seconds, and one more for so many bytes: a trickle is given up."""
 LONGEST_PAUSE_S = 20.0  # between two tries of an operation that is waited out
 
 _Arguments = ParamSpec("_Arguments")
@@ -87,6 +95,14 @@ class StoreForbiddenError(StoreError):
 
 class StoreCredentialsError(StoreForbiddenError):
     """There are no credentials, or the storage does not take them: nothing there can be read, whatever it is."""
+
+
+class StoreOversizedError(StoreError):
+    """An input is larger than accepted, whatever its server says of it."""
+
+
+class StoreDamagedError(StoreError):
+    """An object of ours is not what was written there; the message names it."""
 
 
 class StoreOptionsError(StoreError):
@@ -311,8 +327,25 @@ def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple
         # Not url_to_fs: it takes "::" for a chain of file systems, and has options from the address that count more.
         kind = fsspec.get_filesystem_class(protocol)
         told = {name: value for name, value in kind._get_kwargs_from_urls(uri).items() if name in OPTIONS[protocol]}
+        if "http" in kind.protocol:
+            options["client_kwargs"] = {**_web_client(), **options.get("client_kwargs", {})}
         fs = kind(**{"use_listings_cache": False, **told, **options})
         return fs, fs._strip_protocol(uri)
+
+
+@cache
+def _web_client() -> Mapping[str, Any]:
+    """Return what keeps look-ups and listings short, whatever a web server answers. For content see `_content`."""
+    from aiohttp import ClientResponse, ClientTimeout
+
+    class ShortText(ClientResponse):
+        async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
+            data = await _filled(self.content, MOST_LISTING_BYTES + 1)
+            if len(data) > MOST_LISTING_BYTES:
+                raise ValueError(f"the page has more than {MOST_LISTING_BYTES} bytes, which no list of files has")
+            return data.decode(encoding or self.charset or "utf-8", errors)
+
+    return {"timeout": ClientTimeout(total=GRACE_S), "response_class": ShortText}
 
 
 def check_address(uri: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,6 +542,8 @@ class Store:
         with _translating("read", uri):
             fs, path = self._at(key)
             _check_regular(fs, path)
+            if "http" in fs.protocol:  # servers need not heed what part is asked for
+                return _start_of(_content(fs, path, uri, MOST_BYTES), count)
             return fs.cat_file(path, start=0, end=count)
 
     @_patient
@@ -665,8 +700,10 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _translating("read", uri):
             fs, path = self._at(key)
-            fs.get_file(path, str(file))
-            _check_size(str(file), file.stat().st_size, fs.info(path)["size"])
+            size = fs.info(path)["size"]
+            with file.open("wb") as copy:
+                copy.writelines(_content(fs, path, uri, MOST_BYTES if size is None else size))
+            _check_size(str(file), file.stat().st_size, size)
 
     def check_writable(self) -> None:
         """Write, re-create and delete a small probe object, so that a job fails before its work, not after.
@@ -718,8 +755,8 @@ class Store:
         """Raise StoreUnwritableError if what the root needs is not there."""
         if self.needs is not None and not os.path.exists(os.path.join(self._at("")[1], self.needs)):
             raise StoreUnwritableError(
-                f"the output folder {_shown(self.uri)} is gone: {self.needs} is no more in it. It was moved, removed or "
-                "unmounted while the job ran. Bring it back, or run the job again where it is now: it goes on there."
+                f"the output folder {_shown(self.uri)} is gone: {self.needs} is no more in it. It was moved or "
+                "unmounted while the job ran. Bring it back, or run the job where it is now."
             )
 
     def _at(self, key: str) -> tuple[Any, str]:
@@ -991,19 +1028,131 @@ _ASCII_AS_IT_IS = "".join(map(chr, range(32, 127))).replace("%", "")
 # --------------------------------------------------------------------------------------------------- inputs
 
 
-def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> bytes:
+def read_uri(
+    uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0, most: int = MOST_BYTES
+) -> bytes:
     """Return the bytes at an absolute URI; errors that pass by themselves are waited out for `patience_s` seconds.
 
-    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    Raises StoreOversizedError for more than `most` bytes, StoreMissingError, StoreForbiddenError or StoreError.
     """
 
     def read() -> bytes:
         fs, path = open_fs(uri, storage_options)
         with _translating("read", uri):
             _check_regular(fs, path)
-            return fs.cat_file(path)
+            return b"".join(_content(fs, path, uri, most))
 
     return patiently(read, patience_s)
+
+
+def _content(fs: Any, path: str, uri: str, most: int) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces, none of them empty.
+
+    Raises StoreOversizedError for more than `most`, and StoreError for a remote file that comes too slowly.
+    """
+    if _is_local_fs(fs) or not {"http", "s3"} & {*fs.protocol}:
+        pieces = _from_file(fs, path, uri)
+    else:
+        pieces = _from_answer(fs, path, uri)
+    read = 0
+    for piece in pieces:
+        read += len(piece)
+        if read > most:
+            pieces.close()
+            raise StoreOversizedError(
+                f"{_shown(uri)} has more than the {most} bytes that are accepted. Give a smaller file or, if it is a "
+                "reference, raise references.max_bytes."
+            )
+        yield piece
+
+
+def _start_of(pieces: Iterator[bytes], count: int) -> bytes:
+    start = b""
+    while len(start) < count and (piece := next(pieces, b"")):
+        start += piece
+    return start[:count]
+
+
+class _Pace:
+    """Watches how fast a remote file comes, from its first byte on."""
+
+    def __init__(self, uri: str):
+        self._uri, self._began, self._read = uri, time.monotonic(), 0
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the next bytes may take."""
+        return self._began + GRACE_S + self._read / LEAST_BYTES_S - time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Take note of bytes that came; StoreError if they came too late."""
+        self._read += count
+        if self.seconds_left <= 0:
+            raise StoreError(
+                f"{_shown(self._uri)} came too slowly: {self._read} bytes in {time.monotonic() - self._began:.0f} "
+                f"seconds, expected {LEAST_BYTES_S} a second. Download it, or copy it to a storage nearby."
+            )
+
+
+def _from_file(fs: Any, path: str, uri: str) -> Generator[bytes]:
+    """Yield the bytes of a file of a file system that is asked for one range after another."""
+    remote = not _is_local_fs(fs)
+    with fs.open(path, "rb", **({"block_size": CHUNK_BYTES, "cache_type": "readahead"} if remote else {})) as file:
+        pace = _Pace(uri)
+        while piece := file.read(PIECE_BYTES if remote else CHUNK_BYTES):
+            if remote:
+                pace.add(len(piece))
+            yield piece
+
+
+def _from_answer(fs: Any, path: str, uri: str) -> Generator[bytes]:
+    """Yield the bytes of one answer over HTTP as they come, whatever the server said of their number before."""
+    get = _get_s3 if "s3" in fs.protocol else _get_http
+    body, close = sync(fs.loop, get, fs, path, timeout=FIRST_BYTE_S)
+    try:
+        piece = sync(fs.loop, body.read, PIECE_BYTES, timeout=FIRST_BYTE_S)
+        pace = _Pace(uri)
+        while piece:
+            pace.add(len(piece))
+            yield piece
+            try:
+                piece = sync(fs.loop, _filled, body, PIECE_BYTES, timeout=max(pace.seconds_left, 0.001))
+            except FSTimeoutError:
+                pace.add(0)
+                raise
+    finally:
+        fs.loop.call_soon_threadsafe(close)
+
+
+async def _get_http(fs: Any, path: str) -> tuple[Any, Callable[[], None]]:
+    """Ask for a file; return what its bytes are read from, and what ends that."""
+    from aiohttp import ClientTimeout
+
+    session, request = await fs.set_session(), dict(fs.kwargs)
+    headers = {"Accept-Encoding": "identity", **request.pop("headers", {})}
+    no_total = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    answer = await session.get(fs.encode_url(path), headers=headers, timeout=no_total, **request)
+    try:
+        fs._raise_not_found_for_status(answer, path)
+    except BaseException:
+        answer.close()
+        raise
+    return answer.content, answer.close
+
+
+async def _get_s3(fs: Any, path: str) -> tuple[Any, Callable[[], None]]:
+    bucket, key, _ = fs.split_path(path)
+    body = (await fs._call_s3("get_object", Bucket=bucket, Key=key, **fs.req_kw))["Body"]
+    return body, body.close
+
+
+async def _filled(body: Any, count: int) -> bytes:
+    """Return the next `count` bytes, or those up to the end."""
+    pieces: list[bytes] = []
+    while count > 0 and (piece := await body.read(count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def _check_regular(fs: Any, path: str) -> None:
@@ -1170,10 +1319,11 @@ def _is_named(name: str, pattern: str, last: bool = False) -> bool:
     return last and dot != "" and endings.isalnum() and ending.lower() == endings.lower() and fnmatchcase(stem, stems)
 
 
-def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
+def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None, most: int | None = None) -> str:
     """Return a short text that changes when the file's content changes: its size with its ETag or mtime.
 
-    Costs one look-up. Where the storage reports neither (some HTTP servers), the content is read and hashed.
+    Costs one look-up. Where the storage reports neither (some HTTP servers), the content is read and hashed, up to
+    `most` bytes; see `sha256_of`.
 
     Raises StoreMissingError, StoreForbiddenError or StoreError.
     """
@@ -1185,19 +1335,21 @@ def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> s
             raise IsADirectoryError(f"{path} is a folder, not a file")
     marks = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated"))
     mark = next((str(mark).strip('"') for mark in marks if mark), None)
-    return f"{info.get('size')}-{mark}" if mark else f"sha256-{sha256_of(uri, storage_options)}"
+    return f"{info.get('size')}-{mark}" if mark else f"sha256-{sha256_of(uri, storage_options, most)}"
 
 
-def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Return the SHA-256 in hex of the file at `uri`, reading it in pieces of 8 MiB.
+def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None, most: int | None = None) -> str:
+    """Return the SHA-256 in hex of the file at `uri`, reading it in pieces.
 
-    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    most: bytes that are read of a remote file (None: MOST_BYTES); a local one is read as a whole, whatever it has.
+
+    Raises StoreOversizedError, StoreMissingError, StoreForbiddenError or StoreError.
     """
     fs, path = open_fs(uri, storage_options)
     digest = hashlib.sha256()
     with _translating("read", uri):
         _check_regular(fs, path)
-        with fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        limit = os.stat(path).st_size if _is_local_fs(fs) else most or MOST_BYTES
+        for piece in _content(fs, path, uri, limit):
+            digest.update(piece)
     return digest.hexdigest()

@@ -145,6 +145,7 @@ class Web(dict):
                 answer = web.get(self.path.lstrip("/").split("?")[0])
                 if callable(answer):
                     self.close_connection = True
+                    self.send_response(200)
                     with contextlib.suppress(OSError):  # the client had enough
                         answer(self)
                     return

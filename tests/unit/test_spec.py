@@ -543,7 +543,9 @@ def test_an_option_that_yaml_1_1_reads_otherwise_is_refused_where_no_type_says_w
     assert f":{1 + SPEC.count(chr(10))}: storage_options: " in said
     (said,) = mistakes(overrides=(f"storage_options.anon={value}",))
     assert "Put a text into quotes; write true or false" in said
-    options = load(text=f"{SPEC}storage_options: {{anon: false, profile: 'no', max_concurrency: 10}}\n").job.storage_options
+    options = load(
+        text=f"{SPEC}storage_options: {{anon: false, profile: 'no', max_concurrency: 10}}\n"
+    ).job.storage_options
     assert options == {"anon": False, "profile": "no", "max_concurrency": 10}
 
 
