@@ -24,9 +24,10 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline.logs import ERROR, event
-from pipeline.store import Store, StoreError, StoreMissingError
+from pipeline.store import Store, StoreDamagedError, StoreError, StoreMissingError
 
 FOLDER = "lease"
 _RENEWALS = 6
@@ -41,10 +42,6 @@ class LeaseHeldError(RuntimeError):
 
 class LeaseLostError(RuntimeError):
     """Another run took the output over, or may have: this one could not be heard of, or its output is gone."""
-
-
-class LeaseDamagedError(StoreError):
-    """A file of the lease does not say who holds it."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +145,14 @@ class Lease:
         self._ended = threading.Event()
         self._lost: str | None = None
         self._trouble = "the storage does not answer, or this process stood still"
-        self._threads = [threading.Thread(target=work, name="lease", daemon=True) for work in (self._renew, self._watch)]
+        self._threads = [
+            threading.Thread(target=work, name="lease", daemon=True) for work in (self._renew, self._watch)
+        ]
 
     def __enter__(self) -> Lease:
         self._renewed = time.monotonic()
         self._holder = self._acquired()
+        self._store.needs = _key(self._holder.number)  # an output that is gone is not made anew
         event("lease_taken", number=self._holder.number)
         for thread in self._threads:
             thread.start()
@@ -162,6 +162,7 @@ class Lease:
         self._ended.set()
         for thread in self._threads:
             thread.join(self._expires_s)
+        self._store.needs = None
         with suppress(StoreError):  # what is left behind expires by itself
             found = _read(self._store, self._holder.number)
             if found is not None and found.token == self._holder.token:
@@ -219,7 +220,7 @@ class Lease:
                     return
                 # Others may have seen the file unchanged until now: it counts from before it was written.
                 self._renewed = began
-            except LeaseDamagedError as error:
+            except StoreDamagedError as error:
                 self._lose(str(error))
                 return
             except StoreError as error:
@@ -268,27 +269,28 @@ def _numbers(keys: Iterable[str]) -> list[int]:
 
 
 def _read(store: Store, number: int) -> Holder | None:
-    """Return who holds a lease, None if its file is gone; LeaseDamagedError if the file does not say."""
-    key = _key(number)
-    try:
-        values = json.loads(store.read(key))
-        holder = Holder(**{field.name: values[field.name] for field in fields(Holder) if field.name in values})
+    """Return who holds a lease, None if its file is gone. Raises StoreDamagedError for one that does not say."""
+
+    def holder(values: Any) -> Holder:
+        found = Holder(**{field.name: values[field.name] for field in fields(Holder) if field.name in values})
         for field in fields(Holder):
-            if not isinstance(getattr(holder, field.name), _TYPES[str(field.type)]):
-                raise TypeError(f"{field.name} is {getattr(holder, field.name)!r:.100}")
-        if holder.number != number or not 0 < holder.pid < 2**31 or not holder.expires_s >= 0:
-            raise ValueError("a number in it is not possible")
+            if not isinstance(getattr(found, field.name), _TYPES[str(field.type)]):
+                raise TypeError(f"{field.name} is {getattr(found, field.name)!r:.100}")
+        if found.number != number or not 0 < found.pid < 2**31 or not found.expires_s >= 0:
+            raise ValueError("it has a number that is not possible")
+        return found
+
+    try:
+        return store.read_record(
+            _key(number),
+            holder,
+            "it does not say which run works on this output. See that none does, remove it, and run the job again",
+        )
     except StoreMissingError:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise LeaseDamagedError(
-            f"{store.uri_of(key)} is damaged ({type(error).__name__}: {error}): it does not say which run works on "
-            "this output. See that none does, remove the file, and run the job again."
-        ) from error
-    return holder
 
 
-_TYPES = {"int": int, "str": str, "float": int | float, "str | None": str | None}
+_TYPES: dict[str, Any] = {"int": int, "str": str, "float": int | float, "str | None": str | None}
 
 
 def _key(number: int) -> str:

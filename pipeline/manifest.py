@@ -14,6 +14,7 @@ root, such as a bank of another job, is looked up at its absolute URI.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -40,6 +41,7 @@ from pipeline.record import (
 from pipeline.store import (
     Entry,
     Store,
+    StoreError,
     StoreForbiddenError,
     StoreMissingError,
     list_uris,
@@ -66,6 +68,7 @@ DIGEST = (
 )  # fmt: skip
 """What planning and watching ask of every row."""
 MERGED = "merged-"
+_LOGGER = logging.getLogger("ditflow")
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
 
@@ -147,19 +150,26 @@ class Manifest:
         skipped = {*known["key"].to_pylist(), *filter(_is_merged, entries)}
         read = [(key, table) for key, table in self.tables(DIGEST, known=skipped) if key in entries]
         kept = [_with_entry(key, entries[key], table) for key, table in read]
-        self.store.put(DIGEST_KEY, parquet_bytes(pa.concat_tables([known, *kept])))
+        self.store.put(DIGEST_KEY, parquet_bytes(pa.concat_tables([known, *kept]), checksums=True))
 
     def remembered(self, entries: Mapping[str, Entry]) -> Any:
         """Return DIGEST of the records that are, by a listing, as `remember` has read them, with their `key`."""
         try:
-            digest = pq.read_table(pa.BufferReader(self.store.read(DIGEST_KEY)))
-        except (StoreMissingError, pa.ArrowException):
-            return _DIGEST_SCHEMA.empty_table()  # it is only a copy
-        if not digest.schema.equals(_DIGEST_SCHEMA):
+            data = self.store.read(DIGEST_KEY)
+        except StoreMissingError:
             return _DIGEST_SCHEMA.empty_table()
-        marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
-        same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
-        return digest.filter(pa.array(same, pa.bool_()))
+        try:
+            digest = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            if not digest.schema.equals(_DIGEST_SCHEMA):
+                return _DIGEST_SCHEMA.empty_table()  # of another release
+            digest.validate(full=True)
+            marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
+            same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
+            return digest.filter(pa.array(same, pa.bool_()))
+        except Exception as error:  # Arrow has many for a damaged file; this one is only a copy
+            told = f"{type(error).__name__}: {error!s:.200}"
+            _LOGGER.warning("%s is damaged (%s): the records are read instead", self.store.uri_of(DIGEST_KEY), told)
+            return _DIGEST_SCHEMA.empty_table()
 
     def get(self, row_id: str) -> dict[str, Any] | None:
         """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
@@ -374,6 +384,10 @@ class Manifest:
             return False
         except StoreForbiddenError:  # such as a bank of a signed URL, whose signature is not kept
             return True
+        except StoreError as error:  # such as an address of a protocol that is not opened
+            if error.transient:
+                raise
+            return False
 
     def _check_hashes(self, rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[Problem]:
         # A file of the wrong size is reported already; reading it would say nothing new.
@@ -419,12 +433,19 @@ def _is_merged(key: str) -> bool:
 # ------------------------------------------------------------------------------------------------- Parquet
 
 
-def parquet_bytes(table: Any) -> bytes:
-    """Return a table as the content of a Parquet file."""
+def parquet_bytes(table: Any, checksums: bool = False) -> bytes:
+    """Return a table as the content of a Parquet file. checksums: of its pages, by which a reader can see damage."""
     sink = pa.BufferOutputStream()
     # Dictionaries and statistics would double the size of a file with one row.
     several = table.num_rows > 1
-    pq.write_table(table, sink, compression="zstd", use_dictionary=several, write_statistics=several)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=several,
+        write_statistics=several,
+        write_page_checksum=checksums,
+    )
     return sink.getvalue().to_pybytes()
 
 

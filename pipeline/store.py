@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
@@ -531,6 +532,20 @@ class Store:
     def read(self, key: str) -> bytes:
         """Return the object's bytes. Raises StoreMissingError, StoreForbiddenError or StoreError."""
         return read_uri(self.uri_of(key), self.storage_options, self.patience_s)
+
+    def read_record(self, key: str, make: Callable[[Any], _Result], advice: str) -> _Result:
+        """Return what `make` makes of the JSON that is stored at `key`.
+
+        Raises StoreDamagedError, with what to do about it, for a file of which nothing can be made, and what `read`
+        raises.
+        """
+        data = self.read(key)
+        try:
+            return make(json.loads(data))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise StoreDamagedError(
+                f"{self.uri_of(key)} ({len(data)} bytes) is damaged ({type(error).__name__}: {error!s:.200}): {advice}"
+            ) from error
 
     @_patient
     def read_start(self, key: str, count: int) -> bytes:

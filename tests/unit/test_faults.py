@@ -23,7 +23,14 @@ from pipeline.faults import (
 from pipeline.job import Job, Output, OwnSettings, RunningJob
 from pipeline.manifest import Manifest
 from pipeline.record import ERROR_KINDS, RecordError, make_row
-from pipeline.store import Store, StoreError, StoreForbiddenError, StoreMissingError, StoreUnwritableError
+from pipeline.store import (
+    Store,
+    StoreDamagedError,
+    StoreError,
+    StoreForbiddenError,
+    StoreMissingError,
+    StoreUnwritableError,
+)
 
 
 def client_error(status: int, code: str) -> boto.ClientError:
@@ -293,6 +300,35 @@ def test_a_first_try_costs_one_request(s3, s3_store):
 def test_a_row_id_that_cannot_be_a_file_name_is_refused(local_store, row_id):
     with pytest.raises(RecordError, match="row_id is"):
         Ledger(local_store).begin(row_id, {})
+
+
+# ------------------------------------------------------------------------------------------------- damaged markers
+
+DAMAGED = {
+    "nothing": b"", "cut off": b'{"row_id": "r', "a list": b"[1]", "null": b"null", "no text": b"\xff",
+    "nested": b"[" * 100_000, "no time": b'{"row_id": "r1"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_marker_of_a_try_is_named_by_its_file_and_counts_as_a_try(local_store, content):
+    ledger = Ledger(local_store)
+    local_store.put("attempts/r1/001.json", content)
+    with pytest.raises(
+        StoreDamagedError, match=r"attempts/r1/001\.json \([0-9]+ bytes\) is damaged .*: remove it if no"
+    ):
+        ledger.in_flight()
+    assert ledger.begin("r1", {}) == 2
+    assert ledger.unfinished() == {"r1": 2}
+
+
+def test_foreign_files_beside_markers_are_passed_over(local_store):
+    ledger = Ledger(local_store)
+    for name in (".nfs0001.json", "notes.json", ".DS_Store"):
+        local_store.put(f"attempts/r1/{name}", b"?")
+    assert ledger.begin("r1", {"node": "n"}) == 1
+    assert ledger.begin("r1", {"node": "n"}) == 2
+    assert [marker["attempt"] for marker in ledger.in_flight()] == [2]
 
 
 # ------------------------------------------------------------------------------------------- an output that is gone

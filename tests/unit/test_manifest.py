@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -573,3 +574,25 @@ def test_a_damaged_memory_is_no_memory(manifest):
     manifest.remember()
     manifest.store.put("digest.parquet", b"PAR1 and no more")
     assert manifest.statuses() == {"a": "failed"}
+
+
+def damaged_digests(digest: bytes) -> Iterator[bytes]:
+    """The file cut off, and with a bit flipped in every few bytes of it."""
+    yield from (b"", digest[: len(digest) // 2], digest[:-4], b"PAR1" * 3)
+    for place in range(0, len(digest), max(1, len(digest) // 60)):
+        yield digest[:place] + bytes([digest[place] ^ 0x10]) + digest[place + 1 :]
+
+
+def test_a_memory_that_is_damaged_anywhere_changes_no_status(local_store, caplog):
+    manifest = Manifest(local_store)
+    for name in ("a", "b"):
+        manifest.commit(failed(name))
+    manifest.remember()
+    for damaged in damaged_digests(local_store.read("digest.parquet")):
+        local_store.put("digest.parquet", damaged)
+        assert manifest.statuses() == {"a": "failed", "b": "failed"}
+    assert f"{local_store.uri}/digest.parquet is damaged" in caplog.messages[0]
+    manifest.remember()
+    caplog.clear()
+    assert manifest.statuses() == {"a": "failed", "b": "failed"}
+    assert not caplog.messages, "it is made anew"
