@@ -7,6 +7,7 @@ safetensors alone would read changed tensors.
 from __future__ import annotations
 
 import json
+import math
 import re
 from hashlib import sha256
 from typing import Any
@@ -21,6 +22,8 @@ _HEADER = "ditflow"
 _OF_HEADER, _OF_TENSORS = "sha256_header", "sha256_tensors"
 _UNSET = "0" * 64
 """Stands for the header's own hash while it is computed."""
+MOST_TOKENS = 1_000_000
+"""Of a video: 57 times those of CogVideoX at 49 frames of 480x720; attention over more takes weeks."""
 MOST_HEADER_BYTES = 8 * 1024**2
 """A real header has some kilobytes; one of 100 megabytes, which safetensors allows, takes gigabytes to understand."""
 
@@ -75,6 +78,12 @@ def read_artifact_header(kind: str, version: int, start: bytes, size: int, name:
     if size != expected:
         raise ArtifactError(f"{name} has {size} bytes, its header speaks of {expected}: it is damaged or cut off")
     return header
+
+
+def is_grid(value: Any) -> bool:
+    """Return whether a value of a header is a grid of tokens: three counts, of no more than can be computed."""
+    is_counts = isinstance(value, list) and all(type(count) is int and count > 0 for count in value)
+    return is_counts and len(value) == 3 and math.prod(value) <= MOST_TOKENS
 
 
 def header_end(start: bytes) -> int:

@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditflow.artifact import ArtifactError, read_artifact, read_artifact_header, write_artifact
+from ditflow.artifact import (
+    MOST_TOKENS,
+    ArtifactError,
+    is_grid,
+    read_artifact,
+    read_artifact_header,
+    write_artifact,
+)
 from ditflow.backbones.base import Geometry
 from ditflow.compact import StepValues
 from ditflow.motion import MotionStatistics, motion_statistics
@@ -179,8 +186,7 @@ class MotionBank:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         values, tensors = read_artifact(_KIND, _FORMAT, data, name)
         header, latents, flow = _header(values, name), tensors.pop("latents", None), tensors.pop("flow", None)
-        if latents is not None and latents.ndim != 5:
-            raise ArtifactError(f"{name} has latents of shape {list(latents.shape)}, expected 5 axes: it is damaged")
+        _check_latents(latents, header, name)
         _check_flow(flow, header, name)
         forms: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -217,20 +223,58 @@ def _part_and_form(key: str, name: str) -> tuple[str, str]:
 
 
 def _step_values(part: str, tensors: dict[str, Tensor], header: BankHeader, name: str) -> StepValues:
-    """Return a part's values; ArtifactError unless they have a row for every token in every guided step."""
+    """Return a part's values; ArtifactError unless they have a row for every token in every guided step.
+
+    Factors of a few kilobytes can stand for terabytes: nothing is multiplied before their shapes are known to be those
+    of the header's grid, and of as many channels as a position has.
+    """
     axes = {"whole": 3, "left": 2, "right": 3}
     complete = tensors.keys() in ({"whole"}, {"left", "right"})
     if complete and all(t.ndim == axes[form] and t.is_floating_point() for form, t in tensors.items()):
         values = StepValues(**tensors)
         expected = (len(header.timesteps), TokenGrid(*header.grid).tokens)
         ranks = {t.shape[-1] for t in tensors.values()}
-        if values.shape[:2] == expected and (values.whole is not None or len(ranks) == 1):
+        fits = values.shape[:2] == expected and (values.whole is not None or len(ranks) == 1)
+        if fits and _has_channels_of(part, values) and all(t.numel() for t in tensors.values()):
             return values
     came = ", ".join(f"{form} {t.dtype} {list(t.shape)}" for form, t in tensors.items())
     raise ArtifactError(
         f"{name} has for {part} the tensors {came}: expected numbers for {len(header.timesteps)} steps of a "
-        f"{TokenGrid(*header.grid)} grid. It is damaged"
+        f"{TokenGrid(*header.grid)} grid, {_AXES} of a token's move or at most {_MOST_VALUES} of a free position in a "
+        "step. It is damaged"
     )
+
+
+_AXES = 3
+"""Of a token's move: t, y and x."""
+_MOST_VALUES = 2**28
+"""Of all tokens in one step of a free position: 1 GiB in fp32, eight times those of CogVideoX at its largest."""
+
+
+def _has_channels_of(part: str, values: StepValues) -> bool:
+    """Whether a part has three channels, of coordinates, or few enough, of a free position."""
+    _, tokens, channels = values.shape
+    return channels == _AXES if part in ("query", "key", "token") else tokens * channels <= _MOST_VALUES
+
+
+def _check_latents(latents: Tensor | None, header: BankHeader, name: str) -> None:
+    """Raise ArtifactError unless the latents are of one clip, and of about the header's grid."""
+    if latents is None:
+        return
+    if latents.ndim != 5:
+        raise ArtifactError(f"{name} has latents of shape {list(latents.shape)}, expected 5 axes: it is damaged")
+    clips, frames, _, height, width = latents.shape
+    sides = zip((frames, height, width), header.grid, strict=True)
+    fits = clips == 1 and all(side <= _MOST_PER_TOKEN * tokens for side, tokens in sides)
+    if not (fits and latents.numel() and latents.is_floating_point()):
+        raise ArtifactError(
+            f"{name} has the latents {latents.dtype} {list(latents.shape)}, expected numbers of one clip for a "
+            f"{TokenGrid(*header.grid)} grid: it is damaged"
+        )
+
+
+_MOST_PER_TOKEN = 8
+"""Latents along one side of a patch."""
 
 
 def _check_flow(flow: Tensor | None, header: BankHeader, name: str) -> None:
@@ -254,6 +298,12 @@ def _header(values: dict[str, Any], name: str) -> BankHeader:
             raise ArtifactError(
                 f"{name} has a motion bank header with {key} {values[key]!r:.100}: expected {expected}. It is damaged"
             )
+    size = values.get("provenance", {}).get("size")
+    if size and any(side > _MOST_PIXELS * tokens for side, tokens in zip(size, values.get("grid", size), strict=True)):
+        raise ArtifactError(
+            f"{name} has a video of the size {size} on a grid of {values['grid']}: expected at most "
+            f"{_MOST_PIXELS} frames, rows and columns to a token. It is damaged"
+        )
     try:
         # JSON has no tuples.
         tuples = {key: tuple(values[key]) for key in ("grid", "timesteps", "tags")}
@@ -315,6 +365,8 @@ def _is_motion(value: Any) -> bool:
     return all(_is_number(number) or (key == "direction" and number is None) for key, number in value.items())
 
 
+_MOST_PIXELS = 128
+"""Frames, rows or columns of the video to one token."""
 _MOST_STEPS = 1000
 """Of a schedule, and so of a bank: see `SamplingSettings`."""
 _MOST_LOSSES = 1_000_000
@@ -322,7 +374,7 @@ _MOST_TAGS = 1000
 _FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a text", _is_text),
     "model_revision": ("a text", _is_text),
-    "grid": ("three counts", _is_size),
+    "grid": (f"three counts, of at most {MOST_TOKENS} tokens", is_grid),
     "steps": (f"a count up to {_MOST_STEPS}", lambda value: _is_count(value) and value <= _MOST_STEPS),
     "timesteps": (f"up to {_MOST_STEPS} numbers", lambda value: _is_list(value, _is_number, _MOST_STEPS)),
     "method": ("a mapping", lambda value: isinstance(value, dict)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ditflow.artifact import ArtifactError, read_artifact, write_artifact
+from ditflow.artifact import ArtifactError, is_grid, read_artifact, write_artifact
 from ditflow.backbones.base import Backbone
 from ditflow.losses import MOTION_LOSSES, MotionLoss, Payload
 from ditflow.motion import consecutive
@@ -72,14 +74,19 @@ class MotionReference:
     def from_bytes(cls, data: bytes, name: str = "motion reference") -> MotionReference:
         """Read what `to_bytes` wrote; ArtifactError for anything else."""
         header, tensors = read_artifact(_KIND, _FORMAT, data, name)
+        _check_header(header, name)
         payloads: dict[int, Payload] = {block: {} for block in header["blocks"]}
         for key, tensor in tensors.items():
-            if key != "latents":
-                _, block, part = key.split(".", 2)
-                payloads[int(block)][part] = tensor
+            match = re.fullmatch(r"block\.(\d+)\.(\w+)", key, re.ASCII)
+            if match and int(match[1]) in payloads:
+                payloads[int(match[1])][match[2]] = tensor
+            elif key != "latents" or tensor.ndim != 5:
+                raise ArtifactError(f"{name} has a tensor {key!r:.100} {list(tensor.shape)} of no block: it is damaged")
         grid = TokenGrid(*header["grid"])
-        latents, notes = tensors.get("latents"), tuple(header.get("notes", ()))
-        return cls(grid, header["model_revision"], header["loss"], payloads, latents, header["fps"], notes)
+        for payload in payloads.values():
+            _check_shapes(payload, grid, header.get("loss"), name)
+        latents, notes = tensors.get("latents"), tuple(header.get("notes") or ())
+        return cls(grid, header["model_revision"], header.get("loss"), payloads, latents, header.get("fps"), notes)
 
     def check_fits(self, backbone: Backbone, grid: TokenGrid, method: MethodSettings) -> None:
         """Raise ArtifactError unless this reference serves this model, grid and method."""
@@ -96,6 +103,41 @@ class MotionReference:
                 f"motion reference: it has the motion of blocks {list(self.payloads)}, needed are also {missing}: "
                 "extract it again"
             )
+
+
+def _check_header(header: dict[str, Any], name: str) -> None:
+    """Raise ArtifactError unless a header has what `to_bytes` writes."""
+    loss, blocks, fps, notes = (header.get(key) for key in ("loss", "blocks", "fps", "notes"))
+    notes = [] if notes is None else notes
+    fits = {
+        "grid": is_grid(header.get("grid")),
+        "model_revision": isinstance(header.get("model_revision"), str),
+        "loss": loss is None or isinstance(loss, str),
+        "blocks": isinstance(blocks, list) and all(type(block) is int and block >= 0 for block in blocks),
+        "fps": fps is None or (isinstance(fps, int | float) and 0 < fps < math.inf),
+        "notes": isinstance(notes, list) and all(isinstance(note, str) for note in notes),
+    }
+    if wrong := [key for key, is_right in fits.items() if not is_right]:
+        raise ArtifactError(f"{name} has a header with {wrong[0]} {header.get(wrong[0])!r:.100}: it is damaged")
+
+
+def _check_shapes(payload: Payload, grid: TokenGrid, loss: str | None, name: str) -> None:
+    """Raise ArtifactError unless a block's tensors have the axes that the loss says."""
+    wanted: Mapping[str, str] | None = getattr(MOTION_LOSSES.get(loss or ""), "payload_axes", None)
+    if wanted is None:
+        return
+    sides = {"F": grid.frames, "P": grid.patches}
+    for part, tensor in payload.items():
+        axes = wanted.get(part, "").split()
+        sides |= {axis: int(axis) for axis in axes if axis.isdigit()}
+        fits = tensor.ndim == len(axes) and tensor.numel() > 0
+        if not fits or any(sides.setdefault(axis, side) != side for axis, side in zip(axes, tensor.shape, strict=True)):
+            raise ArtifactError(
+                f"{name} has for {part:.100} a tensor {list(tensor.shape)}, expected {wanted.get(part)} of a {grid} "
+                f"grid, as the loss {loss} has it: it is damaged"
+            )
+    if payload.keys() != wanted.keys():
+        raise ArtifactError(f"{name} has {', '.join(payload) or 'nothing'} of a block, expected {', '.join(wanted)}")
 
 
 def reference_from_latents(

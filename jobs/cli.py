@@ -597,13 +597,14 @@ def manifest_compact(
 def manifest_verify(
     output: Annotated[str, typer.Argument(help="Output folder of a job.")],
     hashes: Annotated[bool, typer.Option(help="Read every output and check its hash.")] = True,
-    clean: Annotated[bool, typer.Option("--clean", help="First remove what killed runs left behind.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="First list what killed runs left behind.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --clean: remove it.")] = False,
     storage: StorageOption = "{}",
     as_json: JsonFlag = False,
 ) -> None:
     """Check every output of the manifest: there, of the right size, with the right hash, and nothing else there.
 
-    --clean, for a job at rest, removes outputs that no record names, and unfinished files.
+    --clean, for a job at rest, lists outputs that no record names, and unfinished files; --clean --yes removes them.
     """
     from dataclasses import asdict
 
@@ -611,8 +612,10 @@ def manifest_verify(
 
     with expected_errors():
         manifest = Manifest(_store(output, storage))
+        if yes and not clean:
+            raise ValueError("--yes: it says that what --clean lists is removed: give --clean too")
         if clean:
-            _clean(manifest)
+            _clean(manifest, yes)
         problems = manifest.verify(check_hashes=hashes)
         damaged = any(problem.kind == "manifest_unreadable" for problem in problems)
         rows = "unknown" if damaged else len(manifest.statuses())
@@ -625,17 +628,23 @@ def manifest_verify(
         raise typer.Exit(OTHER_ERROR)
 
 
-def _clean(manifest: Manifest) -> None:
-    """Remove what killed runs have left in a job's folder, and say what."""
+def _clean(manifest: Manifest, remove: bool) -> None:
+    """Say what killed runs have left in a job's folder, and remove it if that is wanted."""
+    from jobs.table import printable
     from pipeline.faults import Ledger
     from pipeline.lease import Lease
 
+    said = "removed" if remove else "would be removed:"
     with Lease(manifest.store, on_wait=_tell_of_wait):
-        for problem in manifest.clean():
-            screen.print(f"removed {problem.key}")
-        Ledger(manifest.store).end_all(manifest.statuses())
-        unfinished = manifest.store.remove_unfinished()
-    screen.print(f"removed {unfinished} unfinished files")
+        left, unfinished = manifest.leftovers(), manifest.store.unfinished()
+        for key in [*(problem.key for problem in left), *unfinished]:
+            screen.print(printable(f"{said} {key}"))
+        if remove:
+            manifest.clean()
+            Ledger(manifest.store).end_all(manifest.statuses())
+            manifest.store.remove_unfinished()
+    if not remove:
+        screen.print("nothing was removed: --clean --yes does it")
 
 
 @bank_app.command("list")

@@ -10,7 +10,7 @@ from typing import Any
 from ditflow.backbones import MINI
 from jobs.spec import CheckedSpec, SpecError, check_spec
 from jobs.yaml12 import dump
-from pipeline.job import Job, Table
+from pipeline.job import Job
 from pipeline.store import Store, StoreError
 
 SPEC_FILE = "job.yaml"
@@ -44,7 +44,7 @@ def pack(path: Path, overrides: Iterable[str], shared: Iterable[str], gpus: bool
 
 
 def _unreachable(spec: CheckedSpec, shared: tuple[str, ...]) -> Iterator[str]:
-    for keys, uri in _places(spec.job):
+    for keys, uri in spec.job.addresses:
         if "://" not in uri.removeprefix("file://") and not _is_below(uri.removeprefix("file://"), shared):
             there = f"or a path below {', '.join(shared)}" if shared else "(the cluster has no volumes)"
             yield spec.mistake(keys, f"{uri!r} is on this machine: expected what the cluster reaches, s3://... {there}")
@@ -63,21 +63,6 @@ def _unreachable(spec: CheckedSpec, shared: tuple[str, ...]) -> Iterator[str]:
         )
 
 
-def _places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every place that a job reads or writes, but its model, with the key that names it."""
-    yield ("output", "uri"), job.output.uri
-    yield from ((("references", "uri"), uri) for uri in job.references.uris)
-    yield from ((("banks", "uri"), uri) for uri in job.banks.uris)
-    for key in ("prompts", "pairing"):
-        value = getattr(job, key)
-        if isinstance(value, Table):
-            yield (key, "uri"), value.uri
-    for key in ("clip", "tracker_weights"):
-        weights = getattr(job.metrics, key)
-        if weights is not None:
-            yield ("metrics", key), weights
-
-
 def _is_below(path: str, folders: tuple[str, ...]) -> bool:
     place = PurePosixPath(path)
     return ".." not in place.parts and any(place.is_relative_to(folder) for folder in folders)
@@ -85,7 +70,7 @@ def _is_below(path: str, folders: tuple[str, ...]) -> bool:
 
 def _credentials(spec: CheckedSpec) -> Iterator[str]:
     """Credentials among the storage options or in a URI, which everybody who may look at the cluster would see."""
-    for keys, uri in _places(spec.job):
+    for keys, uri in spec.job.addresses:
         if "://" in uri:
             try:
                 Store(uri, spec.job.storage_options)

@@ -29,7 +29,7 @@ from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
 from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
-from pipeline.store import Store, StoreError, public_uri, redact
+from pipeline.store import Store, StoreError, StoreOptionsError, check_address, public_uri, redact
 
 PRESETS = Path(__file__).parent
 
@@ -114,13 +114,20 @@ def check_output(job: Job) -> None:
 
 def _read(path: Path, hint: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise SpecError(
+                f"{path}: it has more than the {_MOST_BYTES} bytes that are accepted: put prompts into a table"
+            )
+        return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}. {hint}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- YAML
 
+_MOST_BYTES = 64 * 1024**2
 _DEEPEST = 50
 _MOST_VALUES = 1_000_000
 _NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
@@ -499,7 +506,7 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
         methods={name: _resolved(method, job.kind, defaults) for name, method in job.methods.items()},
         sampling=job.sampling.resolve(defaults),
     )
-    mistakes = [*_misfits(resolved, model, lines), *_credentials(job, lines)]
+    mistakes = [*_misfits(resolved, model, lines), *_bad_addresses(job, lines)]
     if mistakes:
         raise SpecError("\n".join(mistakes))
     return ReadySpec(resolved, model, to_yaml(resolved))
@@ -543,11 +550,16 @@ def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[
     ]
 
 
-def _credentials(job: Job, lines: _Lines) -> Iterator[str]:
-    """Credentials among the storage options, which would reach the resolved copy, and outputs that are no place."""
-    for keys, options in ((["output", "uri"], {}), (["storage_options"], job.storage_options)):
+def _bad_addresses(job: Job, lines: _Lines) -> Iterator[str]:
+    """The first of the output that is no place, addresses that are not opened, and options that are not taken."""
+    for keys, uri in job.addresses:
         try:
-            Store(job.output.uri, options)
+            check_address(uri, job.storage_options)
+            if keys[0] == "output":
+                Store(uri)
+        except StoreOptionsError as error:
+            yield lines.at(error.key.split("."), str(error).removeprefix(f"{error.key}: "))
+            return
         except StoreError as error:
             yield lines.at(keys, str(error))
             return

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,10 @@ from pipeline.job import Job
 from pipeline.store import Store, StoreMissingError, is_local
 
 _DOWNLOADS_AT_ONCE = 4
+_ABANDONED_S = 24 * 3600.0
+"""What is unfinished and was not written to for so long is of a process that died."""
+_COPY = re.compile("[0-9a-f]{64}(-[0-9]+)?")
+"""Names of copies: a hash, and of a folder perhaps its user."""
 
 
 class CacheError(OSError):
@@ -46,7 +52,7 @@ class NodeCache:
         try:
             data = file.read_bytes()
             if _sha256(data) == sha256:
-                os.utime(file)
+                _mark_used(file)
                 return data
         except FileNotFoundError:
             pass
@@ -78,11 +84,13 @@ class NodeCache:
         if not listing:
             raise StoreMissingError(f"there is nothing in {store.uri}: expected a diffusers model folder")
         name = _sha256("\n".join(f"{key} {mark}" for key, mark in sorted(listing.items())).encode())
-        copy = self.folder / "models" / name
-        if copy.is_dir():
-            with suppress(OSError):  # its age decides only which copy is removed first
-                os.utime(copy)
-            return copy
+        # Another user's copy may not be for this one to read.
+        copies = [self.folder / "models" / one for one in (name, f"{name}-{os.getuid()}")]
+        for copy in copies:
+            if copy.is_dir() and _is_readable(copy):
+                _mark_used(copy)
+                return copy
+        copy = next((copy for copy in copies if not copy.is_dir()), copies[-1])
         try:
             temporary = self._temporary()
         except OSError as error:
@@ -101,6 +109,9 @@ class NodeCache:
     def _temporary(self) -> Path:
         folder = self.folder / "unfinished"
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if re.fullmatch("[0-9a-f]{32}", path.name) and time.time() - _last_changed(path) > _ABANDONED_S:
+                _remove(path)
         return folder / uuid.uuid4().hex
 
     def _keep(self, temporary: Path, copy: Path) -> None:
@@ -115,13 +126,15 @@ class NodeCache:
 
     def _make_room(self, newest: Path) -> None:
         """Remove the copies that were not used for longest until the rest fits."""
-        copies = [*self.folder.glob("files/*"), *self.folder.glob("models/*")]
+        # The folder may be one that a spec names, with files of the user's own.
+        named = [*self.folder.glob("files/*"), *self.folder.glob("models/*")]
+        copies = [path for path in named if _COPY.fullmatch(path.name) and not path.is_symlink()]
         by_age = sorted((path for path in copies if path != newest), key=_last_used, reverse=True)
         held = _bytes_of(newest)
         for path in by_age:
             held += _bytes_of(path)
             if held > self.max_bytes:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def node_cache(job: Job) -> NodeCache:
@@ -143,10 +156,39 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _mark_used(copy: Path) -> None:
+    with suppress(OSError):  # another user's; its age decides only which copy is removed first
+        os.utime(copy)
+
+
+def _is_readable(folder: Path) -> bool:
+    """Return whether all of a folder can be read by this user."""
+    try:
+        return all(
+            os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)) for path in [folder, *folder.rglob("*")]
+        )
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a copy, if it is this user's to remove; one that stays only takes room."""
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _last_changed(path: Path) -> float:
+    """Return when anything in a file or folder was written to last; now, if that cannot be told."""
+    try:
+        return max(file.stat().st_mtime for file in [path, *path.rglob("*")])
+    except OSError:
+        return time.time()
+
+
 def _last_used(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another process made room
+    except OSError:  # another process made room
         return 0.0
 
 
@@ -154,5 +196,5 @@ def _bytes_of(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     try:
         return sum(file.stat().st_size for file in files if file.is_file())
-    except FileNotFoundError:
+    except OSError:
         return 0

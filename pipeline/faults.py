@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import time
 import uuid
 from collections import Counter
@@ -22,7 +23,15 @@ import tenacity
 
 from ditflow.settings import SettingsError
 from pipeline.record import check_row_id
-from pipeline.store import Store, StoreError, StoreMissingError, StoreUnwritableError, is_transient, redact
+from pipeline.store import (
+    Store,
+    StoreDamagedError,
+    StoreError,
+    StoreMissingError,
+    StoreUnwritableError,
+    is_transient,
+    redact,
+)
 
 MESSAGE_CHARACTERS = 2000
 FOLDER = "attempts"
@@ -260,7 +269,8 @@ class Ledger:
 
     def attempts(self, row_id: str) -> list[dict[str, Any]]:
         """Return what `begin` stored for each try of the row, in order; empty once it is ended."""
-        return [json.loads(self.store.read(key)) for key in self._keys(row_id)]
+        tries = (self._marker(key, dict) for key in self._keys(row_id))
+        return [marker for marker in tries if marker is not None]
 
     def end(self, row_id: str) -> None:
         """Remove the row's tries. Call it after the row's record is in the manifest, never before."""
@@ -306,17 +316,24 @@ class Ledger:
         """Return the number of tries by row id of every row that was begun and not ended."""
         return dict(Counter(key.split("/")[1] for key in self._markers(FOLDER)))
 
-    def in_flight(self) -> list[dict[str, Any]]:
-        """Return what `begin` stored for the latest try of all that was begun and not ended, the oldest first."""
+    def in_flight(self, make: Callable[[Any], Any] = dict) -> list[Any]:
+        """Return what `make` makes of the latest try of all that was begun and not ended, the oldest first.
+
+        Raises StoreDamagedError, which names the file, for a try of which nothing can be made.
+        """
+
+        def timed(marker: Any) -> tuple[str, Any]:
+            return str(marker["started_at"]), make(marker)
+
         keys = sorted(self._markers(FOLDER), key=_by_number)
         latest = {key.split("/")[1]: key for key in keys}
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            markers = [marker for marker in pool.map(self._marker, latest.values()) if marker is not None]
-        return sorted(markers, key=lambda marker: marker["started_at"])
+            markers = [marker for marker in pool.map(lambda key: self._marker(key, timed), latest.values()) if marker]
+        return [made for _, made in sorted(markers, key=lambda marker: marker[0])]
 
-    def _marker(self, key: str) -> dict[str, Any] | None:
+    def _marker(self, key: str, make: Callable[[Any], _Result]) -> _Result | None:
         try:
-            return json.loads(self.store.read(key))
+            return self.store.read_record(key, make, "remove it if no run works on this output: the row is tried again")
         except StoreMissingError:  # it has ended
             return None
 
@@ -327,7 +344,10 @@ class Ledger:
         if self.store.create(key, json.dumps(marker).encode()):
             return True
         # A request that succeeded but whose answer was lost is repeated and then loses to itself.
-        return json.loads(self.store.read(key))["token"] == token
+        try:
+            return self.store.read_record(key, lambda found: found["token"] == token, "")
+        except StoreDamagedError:  # another try, then
+            return False
 
     def _last(self, row_id: str) -> int:
         keys = self._keys(row_id)
@@ -337,8 +357,11 @@ class Ledger:
         return sorted(self._markers(f"{FOLDER}/{check_row_id(row_id)}"), key=_by_number)
 
     def _markers(self, folder: str) -> list[str]:
-        """Return the keys of all tries below a folder; last words and deadlines are none."""
-        return [key for key in self.store.list(folder) if key.endswith(".json")]
+        """Return the keys of all tries below a folder; last words, deadlines and foreign files are none."""
+        return [key for key in self.store.list(folder) if _MARKER.fullmatch(key)]
+
+
+_MARKER = re.compile(rf"{FOLDER}/[^/]+/[0-9]{{3,}}\.json")
 
 
 def _key(row_id: str, number: int) -> str:

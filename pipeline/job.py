@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,8 @@ from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings
 from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
-from pipeline.store import Store, read_uri
+from pipeline.manifest import RUN_KEY
+from pipeline.store import MOST_BYTES, Store, read_uri
 
 TAGS = "words without ';' and without spaces around them, of at most 100 characters"
 KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
@@ -297,9 +299,24 @@ class Job:
         """Return the job's output folder, which waits out errors that pass by themselves."""
         return Store(self.output.uri, self.storage_options, self.faults.storage_patience_s)
 
-    def read(self, uri: str) -> bytes:
-        """Return the bytes of an input; StoreError if they cannot be had with the patience of the job."""
-        return read_uri(uri, self.storage_options, self.faults.storage_patience_s)
+    def read(self, uri: str, most: int = MOST_BYTES) -> bytes:
+        """Return the bytes of an input; StoreError if they cannot be had with the patience of the job, or are more."""
+        return read_uri(uri, self.storage_options, self.faults.storage_patience_s, most)
+
+    @property
+    def addresses(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Every place that the job reads or writes, but its model, with the keys that name it."""
+        yield ("output", "uri"), self.output.uri
+        yield from ((("references", "uri"), uri) for uri in self.references.uris)
+        yield from ((("banks", "uri"), uri) for uri in self.banks.uris)
+        for key in ("prompts", "pairing"):
+            value = getattr(self, key)
+            if isinstance(value, Table):
+                yield (key, "uri"), value.uri
+        for key in ("clip", "tracker_weights"):
+            weights = getattr(self.metrics, key)
+            if weights is not None:
+                yield ("metrics", key), weights
 
     def with_own(self, own: OwnSettings) -> Job:
         """Return the job with the settings of one row. Only a zero-shot method learns with another prompt."""
@@ -349,6 +366,20 @@ class Job:
             "video": settings["video"],
             "dtype": self.model.dtype,
         }
+
+
+@dataclass(frozen=True)
+class RunningJob(Job):
+    """A job that a run is at work on: its output has the run's RUN_KEY, and is not made anew when it is gone."""
+
+    @classmethod
+    def of(cls, job: Job) -> RunningJob:
+        """Return the job once its run has begun."""
+        return cls(**{one.name: getattr(job, one.name) for one in fields(job)})
+
+    def store(self) -> Store:
+        """Return the job's output folder, which waits out errors that pass by themselves."""
+        return Store(self.output.uri, self.storage_options, self.faults.storage_patience_s, needs=RUN_KEY)
 
 
 _LONGEST_NAME = 200

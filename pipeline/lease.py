@@ -11,24 +11,29 @@ from __future__ import annotations
 import _thread
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline.logs import ERROR, event
-from pipeline.store import Store, StoreError, StoreMissingError
+from pipeline.store import Store, StoreDamagedError, StoreError, StoreMissingError
 
 FOLDER = "lease"
 _RENEWALS = 6
 """How often a lease is renewed before it would expire."""
+_LONGEST_WAIT_S = 3600.0
+"""For a holder to show that it lives, whatever its file says."""
 
 
 class LeaseHeldError(RuntimeError):
@@ -36,12 +41,12 @@ class LeaseHeldError(RuntimeError):
 
 
 class LeaseLostError(RuntimeError):
-    """Another run took the output over, because this one could not be heard of."""
+    """Another run took the output over, or may have: this one could not be heard of, or its output is gone."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. beat: how often it was renewed; processes: see `_process_table`."""
+    """Who holds a lease. beat: how often it was renewed; processes: see `_process_table`; expires_s: see `Lease`."""
 
     number: int
     token: str
@@ -50,12 +55,13 @@ class Holder:
     since: str
     beat: int = 0
     processes: str | None = None
+    expires_s: float = 0.0
 
     @classmethod
-    def here(cls, number: int) -> Holder:
+    def here(cls, number: int, expires_s: float = 0.0) -> Holder:
         """Return this process as a holder."""
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(number, uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, processes=_process_table())
+        since, processes = datetime.now(UTC).isoformat(timespec="seconds"), _process_table()
+        return cls(number, uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, 0, processes, expires_s)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -113,21 +119,19 @@ def held(store: Store) -> Held | None:
     Nothing is waited for, so it may be that of a run that is dead.
     """
     found = store.entries(FOLDER)
-    if not found:
-        return None
-    key = max(found)
-    try:
-        return Held(Holder(**json.loads(store.read(key))), found[key].written)
-    except StoreMissingError:
-        return None
+    number = max(_numbers(found), default=0)
+    holder = _read(store, number) if number else None
+    return None if holder is None else Held(holder, found[_key(number)].written)
 
 
 class Lease:
     """The right to work on an output folder, for the length of a `with` block.
 
-    Entering raises LeaseHeldError if another run is alive, and waits up to `expires_s` to find out; `on_wait` is told
-    for whom. A lease that is lost interrupts the main thread, as Ctrl-C does, and `check` says why. StoreError comes
-    from the storage.
+    Entering raises LeaseHeldError if another run is alive, and waits up to `expires_s` to find out, or for as long as
+    that run's lease lasts; `on_wait` is told for whom. A lease that is lost interrupts the main thread, as Ctrl-C does,
+    and `check` says why. StoreError comes from the storage.
+
+    Two threads: one renews, the other watches how long ago that was, while the storage may keep the first one waiting.
     """
 
     def __init__(
@@ -140,20 +144,31 @@ class Lease:
         self._store, self._expires_s, self._on_wait, self._sleep = store, expires_s, on_wait, sleep
         self._ended = threading.Event()
         self._lost: str | None = None
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._trouble = "the storage does not answer, or this process stood still"
+        self._threads = [
+            threading.Thread(target=work, name="lease", daemon=True) for work in (self._renew, self._watch)
+        ]
 
     def __enter__(self) -> Lease:
+        self._renewed = time.monotonic()
         self._holder = self._acquired()
+        self._store.needs = _key(self._holder.number)  # an output that is gone is not made anew
         event("lease_taken", number=self._holder.number)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join()
-        for number in sorted(self._numbers()):
-            if number <= self._holder.number:
-                self._store.delete(_key(number))
+        for thread in self._threads:
+            thread.join(self._expires_s)
+        self._store.needs = None
+        with suppress(StoreError):  # what is left behind expires by itself
+            found = _read(self._store, self._holder.number)
+            if found is not None and found.token == self._holder.token:
+                for number in sorted(_numbers(self._store.list(FOLDER))):
+                    if number <= self._holder.number:
+                        self._store.delete(_key(number))
         event("lease_given_back", number=self._holder.number)
 
     def check(self) -> None:
@@ -166,22 +181,24 @@ class Lease:
 
     def _acquired(self) -> Holder:
         while True:
-            number = max(self._numbers(), default=0)
+            number = max(_numbers(self._store.list(FOLDER)), default=0)
             if number and not self._is_free(number):
                 continue
-            holder = Holder.here(number + 1)
-            if self._store.create(_key(holder.number), _encode(holder)) or self._read(holder.number) == holder:
+            self._renewed = time.monotonic()
+            holder = Holder.here(number + 1, self._expires_s)
+            if self._store.create(_key(holder.number), _encode(holder)) or _read(self._store, holder.number) == holder:
                 return holder
 
     def _is_free(self, number: int) -> bool:
         """Watch the newest lease: True if nobody renews it, False if it was given back, LeaseHeldError if it lives."""
-        first = self._read(number)
+        first = _read(self._store, number)
         if first is None or first.surely_dead:
             return first is not None
         self._on_wait(first)
+        patience_s = max(self._expires_s, min(first.expires_s, _LONGEST_WAIT_S))
         for _ in range(2 * _RENEWALS):
-            self._sleep(self._expires_s / (2 * _RENEWALS))
-            now = self._read(number)
+            self._sleep(patience_s / (2 * _RENEWALS))
+            now = _read(self._store, number)
             if now is None:
                 return False
             if now != first:
@@ -191,36 +208,89 @@ class Lease:
                 )
         return True
 
-    def _keep(self) -> None:
-        renewed = time.monotonic()
+    def _renew(self) -> None:
         while not self._ended.wait(self._expires_s / _RENEWALS):
             try:
-                if max(self._numbers(), default=0) > self._holder.number:
-                    self._lose("another run took this output over")
+                if self._lost is not None or self._is_late() or not self._is_still_own():
                     return
+                began = time.monotonic()
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._store.put(_key(self._holder.number), _encode(self._holder))
-                renewed = time.monotonic()
-            except StoreError as error:
-                if time.monotonic() - renewed > self._expires_s:
-                    self._lose(f"the run's lease could not be renewed for {self._expires_s:g} seconds ({error})")
+                if self._is_late():
                     return
+                # Others may have seen the file unchanged until now: it counts from before it was written.
+                self._renewed = began
+            except StoreDamagedError as error:
+                self._lose(str(error))
+                return
+            except StoreError as error:
+                self._trouble = str(error)
+            except BaseException as error:
+                self._lose(f"the run's lease can no longer be renewed ({type(error).__name__}: {error})")
+                return
+
+    def _watch(self) -> None:
+        while self._lost is None and not self._ended.wait(self._expires_s / (2 * _RENEWALS)):
+            self._is_late()
+
+    def _is_still_own(self) -> bool:
+        """Return whether the newest lease is this run's, which has lost it if not."""
+        if max(_numbers(self._store.list(FOLDER)), default=0) > self._holder.number:
+            self._lose("another run took this output over")
+            return False
+        found = _read(self._store, self._holder.number)
+        if found is None:
+            self._lose("the file of its lease is gone: the output was moved, emptied or unmounted")
+        elif found.token != self._holder.token:
+            self._lose(f"another run works on this output ({found}): it was emptied or replaced meanwhile")
+        return self._lost is None
+
+    def _is_late(self) -> bool:
+        """Return whether the last renewal is so long ago that another run may begin: this one has lost its lease."""
+        late = time.monotonic() - self._renewed > self._expires_s
+        if late:
+            self._lose(f"the run's lease could not be renewed for {self._expires_s:g} seconds ({self._trouble})")
+        return late
 
     def _lose(self, reason: str) -> None:
+        if self._lost is not None or self._ended.is_set():
+            return
         self._lost = reason
         event("lease_lost", ERROR, number=self._holder.number, reason=reason)
         # Shells start background processes with SIGINT ignored; then nobody would be interrupted by it.
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
         _thread.interrupt_main(handled[0] if handled else signal.SIGINT)
 
-    def _numbers(self) -> list[int]:
-        return [int(key.removeprefix(f"{FOLDER}/").removesuffix(".json")) for key in self._store.list(FOLDER)]
 
-    def _read(self, number: int) -> Holder | None:
-        try:
-            return Holder(**json.loads(self._store.read(_key(number))))
-        except StoreMissingError:
-            return None
+def _numbers(keys: Iterable[str]) -> list[int]:
+    """Return the numbers of the leases among files; others, as file systems and people leave them, are none."""
+    matches = (re.fullmatch(rf"{FOLDER}/([0-9]{{6,}})\.json", key) for key in keys)
+    return [int(match[1]) for match in matches if match and _key(int(match[1])) == match[0]]
+
+
+def _read(store: Store, number: int) -> Holder | None:
+    """Return who holds a lease, None if its file is gone. Raises StoreDamagedError for one that does not say."""
+
+    def holder(values: Any) -> Holder:
+        found = Holder(**{field.name: values[field.name] for field in fields(Holder) if field.name in values})
+        for field in fields(Holder):
+            if not isinstance(getattr(found, field.name), _TYPES[str(field.type)]):
+                raise TypeError(f"{field.name} is {getattr(found, field.name)!r:.100}")
+        if found.number != number or not 0 < found.pid < 2**31 or not found.expires_s >= 0:
+            raise ValueError("it has a number that is not possible")
+        return found
+
+    try:
+        return store.read_record(
+            _key(number),
+            holder,
+            "it does not say which run works on this output. See that none does, remove it, and run the job again",
+        )
+    except StoreMissingError:
+        return None
+
+
+_TYPES: dict[str, Any] = {"int": int, "str": str, "float": int | float, "str | None": str | None}
 
 
 def _key(number: int) -> str:

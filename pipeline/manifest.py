@@ -14,6 +14,8 @@ root, such as a bank of another job, is looked up at its absolute URI.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ from pipeline.record import (
 from pipeline.store import (
     Entry,
     Store,
+    StoreError,
     StoreForbiddenError,
     StoreMissingError,
     list_uris,
@@ -49,7 +52,13 @@ from pipeline.store import (
 )
 
 FOLDER = "manifest"
+JOB_KEY = "job.yaml"
+"""The resolved spec of the latest run."""
+RUN_KEY = "run.json"
+"""What the latest run set out to do, see `pipeline.status.Run`."""
 OUTPUT_FOLDERS = ("videos", "amf", "banks")
+_OUR_OUTPUT = re.compile(rf"({'|'.join(OUTPUT_FOLDERS)})/([0-9a-f]{{2}}/)?[0-9a-f]{{24}}\.(mp4|safetensors)")
+"""See `Job.key` and `content_id`."""
 BANK_INDEX_KEY = "banks/index.parquet"
 """Made of the banks, and no output of a row: see `pipeline.catalogue`."""
 DIGEST_KEY = "digest.parquet"
@@ -60,6 +69,7 @@ DIGEST = (
 )  # fmt: skip
 """What planning and watching ask of every row."""
 MERGED = "merged-"
+_LOGGER = logging.getLogger("ditflow")
 READ_THREADS = 16  # waiting for storage, not computing
 HASH_THREADS = 4
 
@@ -141,19 +151,26 @@ class Manifest:
         skipped = {*known["key"].to_pylist(), *filter(_is_merged, entries)}
         read = [(key, table) for key, table in self.tables(DIGEST, known=skipped) if key in entries]
         kept = [_with_entry(key, entries[key], table) for key, table in read]
-        self.store.put(DIGEST_KEY, parquet_bytes(pa.concat_tables([known, *kept])))
+        self.store.put(DIGEST_KEY, parquet_bytes(pa.concat_tables([known, *kept]), checksums=True))
 
     def remembered(self, entries: Mapping[str, Entry]) -> Any:
         """Return DIGEST of the records that are, by a listing, as `remember` has read them, with their `key`."""
         try:
-            digest = pq.read_table(pa.BufferReader(self.store.read(DIGEST_KEY)))
-        except (StoreMissingError, pa.ArrowException):
-            return _DIGEST_SCHEMA.empty_table()  # it is only a copy
-        if not digest.schema.equals(_DIGEST_SCHEMA):
+            data = self.store.read(DIGEST_KEY)
+        except StoreMissingError:
             return _DIGEST_SCHEMA.empty_table()
-        marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
-        same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
-        return digest.filter(pa.array(same, pa.bool_()))
+        try:
+            digest = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            if not digest.schema.equals(_DIGEST_SCHEMA):
+                return _DIGEST_SCHEMA.empty_table()  # of another release
+            digest.validate(full=True)
+            marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
+            same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
+            return digest.filter(pa.array(same, pa.bool_()))
+        except Exception as error:  # Arrow has many for a damaged file; this one is only a copy
+            told = f"{type(error).__name__}: {error!s:.200}"
+            _LOGGER.warning("%s is damaged (%s): the records are read instead", self.store.uri_of(DIGEST_KEY), told)
+            return _DIGEST_SCHEMA.empty_table()
 
     def get(self, row_id: str) -> dict[str, Any] | None:
         """Return one row, or None. One request for a row with a file of its own, a full read otherwise."""
@@ -213,22 +230,35 @@ class Manifest:
                 list(pool.map(self.store.delete, parts))
         return len(single)
 
-    def clean(self) -> list[Problem]:
-        """Remove what kills can leave behind, and return it: files that no record names, rows that stand twice.
+    def leftovers(self) -> list[Problem]:
+        """Return what kills can leave behind: outputs that no record names, and records that stand twice.
 
-        For a job at rest: an output is there before its record is.
-        Raises ManifestError for an unreadable manifest file, since it may name outputs; nothing is removed then.
+        For a job at rest: an output is there before its record is. Only files named as this program names them, and
+        none behind a symbolic link: others are somebody's own.
+        Raises ManifestError for a folder without a job or without a record, where every output would be one too many,
+        and for an unreadable manifest file, since it may name outputs.
         """
         rows = [row for _, table in self.tables() for row in table.to_pylist()]
+        if not rows or not self.store.exists(JOB_KEY):
+            missing = f"no {JOB_KEY}" if rows else f"no record in {FOLDER}/"
+            raise ManifestError(
+                f"{self.store.uri}: nothing is removed here: there is {missing}, so nothing says which outputs are one "
+                "too many. Most likely it is a folder of outputs alone, or a copy without them: copy them as well."
+            )
         single, merged = self._keys_by_kind()
         known = {row_id for key in merged for row_id in self.load(key, ["row_id"])["row_id"].to_pylist()}
         twice = [Problem(_row_id(key), "row_duplicate", f"{key}: merged before", key) for key in single]
-        twice = [problem for problem in twice if problem.row_id in known]
-        orphans = _orphans(rows, self._output_sizes())
-        for problem in [*twice, *orphans]:
+        found = [problem for problem in twice if problem.row_id in known]
+        found += [orphan for orphan in _orphans(rows, self._output_sizes()) if _OUR_OUTPUT.fullmatch(str(orphan.key))]
+        return [problem for problem in found if not self.store.is_linked(str(problem.key))]
+
+    def clean(self) -> list[Problem]:
+        """Remove `leftovers`, and return them."""
+        left = self.leftovers()
+        for problem in left:
             assert problem.key is not None
             self.store.delete(problem.key)
-        return [*twice, *orphans]
+        return left
 
     def verify(self, check_hashes: bool = True) -> list[Problem]:
         """Compare the records with the files and return every problem found, none for a sound job.
@@ -355,6 +385,10 @@ class Manifest:
             return False
         except StoreForbiddenError:  # such as a bank of a signed URL, whose signature is not kept
             return True
+        except StoreError as error:  # such as an address of a protocol that is not opened
+            if error.transient:
+                raise
+            return False
 
     def _check_hashes(self, rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[Problem]:
         # A file of the wrong size is reported already; reading it would say nothing new.
@@ -400,12 +434,19 @@ def _is_merged(key: str) -> bool:
 # ------------------------------------------------------------------------------------------------- Parquet
 
 
-def parquet_bytes(table: Any) -> bytes:
-    """Return a table as the content of a Parquet file."""
+def parquet_bytes(table: Any, checksums: bool = False) -> bytes:
+    """Return a table as the content of a Parquet file. checksums: of its pages, by which a reader can see damage."""
     sink = pa.BufferOutputStream()
     # Dictionaries and statistics would double the size of a file with one row.
     several = table.num_rows > 1
-    pq.write_table(table, sink, compression="zstd", use_dictionary=several, write_statistics=several)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=several,
+        write_statistics=several,
+        write_page_checksum=checksums,
+    )
     return sink.getvalue().to_pybytes()
 
 

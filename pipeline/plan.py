@@ -7,6 +7,8 @@ reference changes only the ids it touches.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +16,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import PurePosixPath
+from typing import Any
 
 from pipeline.catalogue import Catalogue, chosen_by_id, chosen_where
 from pipeline.job import JOBS_OWN, Job, OwnSettings, Table, content_id
 from pipeline.manifest import Manifest
 from pipeline.store import (
+    MOST_BYTES,
+    Store,
     StoreCredentialsError,
+    StoreDamagedError,
     StoreError,
     StoreMissingError,
     absolute_uri,
@@ -323,6 +329,24 @@ def _prompts(job: Job) -> list[tuple[str, str | None]]:
     return prompts
 
 
+def _remembered_hashes(store: Store) -> dict[str, Any]:
+    """Return what was hashed before: mark and hash by address. A memory that is damaged is begun anew."""
+
+    def checked(known: dict[str, Any]) -> dict[str, Any]:
+        for mark, sha256 in known.values():
+            if not isinstance(mark, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+                raise ValueError(f"it has {sha256!r:.100} for a hash")
+        return known
+
+    try:
+        return store.read_record(_HASHES_KEY, checked, "the inputs are hashed anew")
+    except StoreMissingError:
+        return {}
+    except StoreDamagedError as error:
+        logging.getLogger("ditflow").warning("%s", error)
+        return {}
+
+
 def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     """Hash inputs by content, in parallel; the content of an unchanged file is not read again.
 
@@ -331,19 +355,18 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     Raises StoreError when the storage takes no credentials, or when none can be reached.
     """
     store = job.store()
-    try:
-        known = json.loads(store.read(_HASHES_KEY))
-    except StoreMissingError:
-        known = {}
+    known = _remembered_hashes(store)
+
+    most = MOST_BYTES if job.kind == "reuse" else job.references.max_bytes
 
     def content_hash(uri: str) -> str:
-        return patiently(lambda: sha256_of(uri, job.storage_options), job.faults.storage_patience_s)
+        return patiently(lambda: sha256_of(uri, job.storage_options, most), job.faults.storage_patience_s)
 
     def hashed(address: str) -> tuple[Input, list[str] | StoreError]:
         source = Input.at(address, None)
         remembered = known.get(source.uri, [None, None])
         try:
-            mark = patiently(lambda: fingerprint(address, job.storage_options), job.faults.storage_patience_s)
+            mark = patiently(lambda: fingerprint(address, job.storage_options, most), job.faults.storage_patience_s)
             sha256 = remembered[1] if remembered[0] == mark else content_hash(address)
         except StoreCredentialsError:
             raise

@@ -20,16 +20,16 @@ from pipeline.cluster import ClusterError, Need, check_address, pools_with_room,
 from pipeline.cpus import usable_cpus
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, evaluation_needs, finished_rows, needs
-from pipeline.job import Job
+from pipeline.job import Job, RunningJob
 from pipeline.lease import Holder, Lease
 from pipeline.logs import ERROR, WARNING, begin, chosen, event
-from pipeline.manifest import Manifest
+from pipeline.manifest import JOB_KEY, RUN_KEY, Manifest
 from pipeline.measurements import Task
 from pipeline.plan import Plan
 from pipeline.relay import relayed
 from pipeline.stages.attempt import STOPPED
 from pipeline.stages.read import Row
-from pipeline.status import RUN_KEY, Run
+from pipeline.status import Run
 from pipeline.store import Store, StoreError
 
 ROWS_REMEMBERED = 500
@@ -70,6 +70,7 @@ def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
     with Lease(store, job.faults.lease_s, on_wait) as lease:
         try:
             yield
+            lease.check()
         except (KeyboardInterrupt, JobStoppedError) as stop:
             event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
             ray.shutdown()
@@ -144,8 +145,10 @@ def run_plan(
     connect()
     job, notes = _with_room(job, *needs(job, plan.todo), on_note)
     store = job.store()
-    store.put("job.yaml", spec_yaml.encode())
+    store.put(JOB_KEY, spec_yaml.encode())
     store.put(RUN_KEY, replace(_begun(job, plan), notes=notes).to_json())
+    job = RunningJob.of(job)
+    store = job.store()
     Manifest(store).forget(plan.retried)
     Manifest(store).compact(least=_MANY_FILES)
     event("run_begun", kind=job.kind, rows=plan.total, todo=len(plan.todo), output=store.uri, model=model_revision)

@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -20,13 +20,11 @@ import pyarrow.compute as pc
 
 from pipeline.faults import EVALUATING, READING, Ledger
 from pipeline.lease import Held, held
-from pipeline.manifest import DIGEST, Manifest, once_each
+from pipeline.manifest import DIGEST, RUN_KEY, Manifest, once_each
 from pipeline.pace import busy_share, recent_since, rows_per_hour
 from pipeline.record import PHASES
 from pipeline.store import Entry, Store, StoreMissingError
 
-RUN_KEY = "run.json"
-"""What the latest run set out to do, see `Run`."""
 SHOWN_FAILURES = 5
 _MOST_PIECES = 1000
 
@@ -67,10 +65,26 @@ class Run:
 def latest_run(store: Store) -> Run | None:
     """Return what the latest run on an output set out to do; None if there was none."""
     try:
-        told = json.loads(store.read(RUN_KEY))
+        return store.read_record(RUN_KEY, _run, "remove it: the next run writes another")
     except StoreMissingError:
         return None
-    return Run(**{name: value for name, value in told.items() if name in Run.__dataclass_fields__})
+
+
+def _run(told: Any) -> Run:
+    run = Run(**{name: value for name, value in told.items() if name in Run.__dataclass_fields__})
+    counts = [run.planned, run.motions, *(count for count in (run.todo, run.kept) if count is not None)]
+    times = [float(run.started_at), float(run.lease_s)]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError(f"the counts {counts!r:.100}")
+    if not all(0 <= time_ < _END_OF_TIME for time_ in times):
+        raise ValueError(f"the times {times!r:.100}")
+    if not all(isinstance(note, str) for note in run.notes):
+        raise ValueError(f"the notes {run.notes!r:.100}")
+    return run
+
+
+_END_OF_TIME = 253_000_000_000
+"""In the year 9987, in seconds since 1970: datetime knows none after 9999."""
 
 
 @dataclass(frozen=True)
@@ -230,17 +244,23 @@ class Watch:
         return Failure(**found[0]) if found else None
 
     def _in_flight(self) -> tuple[Attempt, ...]:
-        return tuple(
-            Attempt(
-                work_id=marker["row_id"],
-                stage=marker["stage"],
-                attempt=marker["attempt"],
-                node=marker["node"],
-                pid=marker["pid"],
-                started_at=datetime.fromisoformat(marker["started_at"]),
-            )
-            for marker in Ledger(self._store).in_flight()
-        )
+        return tuple(Ledger(self._store).in_flight(_attempt))
+
+
+def _attempt(marker: Any) -> Attempt:
+    """Return an attempt as its marker tells of it."""
+    attempt = Attempt(
+        work_id=marker["row_id"],
+        stage=marker["stage"],
+        attempt=marker["attempt"],
+        node=marker["node"],
+        pid=marker["pid"],
+        started_at=datetime.fromisoformat(marker["started_at"]),
+    )
+    texts, numbers = (attempt.work_id, attempt.stage, attempt.node), (attempt.attempt, attempt.pid)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"it tells of {attempt!r:.200}")
+    return replace(attempt, started_at=attempt.started_at.astimezone(UTC))
 
 
 def _nothing() -> Any:
@@ -373,10 +393,9 @@ def whereabouts(store: Store, motions: Collection[str]) -> Whereabouts:
 
 def longest_at_work(store: Store, now: float, most: int = 2) -> list[str]:
     """Return what has been at work for longest, as texts: who does what to which row, and for how long."""
-    begun = Ledger(store).in_flight()
+    begun = Ledger(store).in_flight(_attempt)
     return [
-        f"{marker['stage']} of {marker['row_id'].removeprefix(READING).removeprefix(EVALUATING)}, at work for "
-        f"{timedelta(seconds=int(now - datetime.fromisoformat(marker['started_at']).timestamp()))} in process "
-        f"{marker['pid']} on {marker['node']}"
-        for marker in begun[:most]
+        f"{attempt.stage} of {attempt.work_id.removeprefix(READING).removeprefix(EVALUATING)}, at work for "
+        f"{timedelta(seconds=int(now - attempt.started_at.timestamp()))} in process {attempt.pid} on {attempt.node}"
+        for attempt in begun[:most]
     ]

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -31,12 +32,19 @@ from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import tenacity
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.asyn import sync
+from fsspec.core import split_protocol
+from fsspec.exceptions import FSTimeoutError
+
+from pipeline.protocols import OPTIONS, TOKEN_KINDS, OptionError, options_for
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow, DuckDB) pass over it
-CHUNK_BYTES = 8 * 2**20  # of a streamed read or copy
+CHUNK_BYTES = 8 * 2**20  # of a local read or copy, or of a request for a range
+PIECE_BYTES = 256 * 2**10  # of an answer that comes as it comes
+MOST_BYTES = 4 * 2**30  # of an input that nothing else limits
+MOST_LISTING_BYTES = 64 * 2**20  # of a web page that lists files
 PART_BYTES = 32 * 2**20  # of a multipart upload, which s3fs starts at two parts
 PARTS_AT_ONCE = 4
 CONTENT_TYPES = {
@@ -46,6 +54,9 @@ CONTENT_TYPES = {
     "mp4": "video/mp4",
 }
 """By a name's ending: without it, a browser downloads a page from object storage and does not show it."""
+FIRST_BYTE_S = 300.0  # until an answer begins, retries of the storage's own included
+GRACE_S, LEAST_BYTES_S = 60.0, 16 * 2**10
+"""An answer that has begun may take so many seconds, and one more for so many bytes: a trickle is given up."""
 LONGEST_PAUSE_S = 20.0  # between two tries of an operation that is waited out
 
 _Arguments = ParamSpec("_Arguments")
@@ -87,8 +98,22 @@ class StoreCredentialsError(StoreForbiddenError):
     """There are no credentials, or the storage does not take them: nothing there can be read, whatever it is."""
 
 
+class StoreOversizedError(StoreError):
+    """An input is larger than accepted, whatever its server says of it."""
+
+
+class StoreDamagedError(StoreError):
+    """An object of ours is not what was written there; the message names it."""
+
+
+class StoreOptionsError(StoreError):
+    """The options of a spec hold something that is refused. key: its place in the spec."""
+
+    key = "storage_options"
+
+
 class StoreUnwritableError(StoreForbiddenError):
-    """The storage cannot be written to: no permission, no space. No row could end there."""
+    """The storage cannot be written to: no permission, no space, a root that is gone. No row could end there."""
 
 
 _SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|SECRET_KEY)$")
@@ -286,49 +311,89 @@ _REFUSED_OPTIONS = frozenset(
 def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """Return the fsspec file system that serves `uri`, and the path of `uri` in it.
 
-    On S3: one layer of retries, timeouts, a bounded connection pool, no cached listings; `storage_options`
-    may override each (for example `endpoint_url`, `requester_pays`, `config_kwargs: {read_timeout: 120}`).
+    Of `storage_options` those that the protocol has count, see `pipeline.protocols`. On S3: one layer of retries,
+    timeouts, a bounded connection pool, no cached listings; the options may override each (for example `endpoint_url`,
+    `requester_pays`, `config_kwargs: {read_timeout: 120}`).
 
-    Raises StoreError for credentials in the options or the URI, and for an unknown protocol.
+    Raises StoreError for credentials in the options or the URI, for a protocol that is not opened, and
+    StoreOptionsError for an option that is not taken.
     """
-    options = dict(storage_options or {})
-    _refuse_credentials(uri, options)
+    options = check_address(uri, storage_options or {})
     protocol = _protocol(uri)
     with _translating("open", uri):
         if protocol in LOCAL_PROTOCOLS:
-            return fsspec.filesystem("file", **options), _local_path(uri)
+            return fsspec.filesystem("file"), _local_path(uri)
         if protocol in S3_PROTOCOLS:
             return _open_s3(uri, options)
-        fs, path = url_to_fs(uri, **{"use_listings_cache": False, **options})
-        return fs, path
+        # Not url_to_fs: it takes "::" for a chain of file systems, and has options from the address that count more.
+        kind = fsspec.get_filesystem_class(protocol)
+        told = {name: value for name, value in kind._get_kwargs_from_urls(uri).items() if name in OPTIONS[protocol]}
+        if "http" in kind.protocol:
+            options["client_kwargs"] = {**_web_client(), **options.get("client_kwargs", {})}
+        fs = kind(**{"use_listings_cache": False, **told, **options})
+        return fs, fs._strip_protocol(uri)
+
+
+@cache
+def _web_client() -> Mapping[str, Any]:
+    """Return what keeps look-ups and listings short, whatever a web server answers. For content see `_content`."""
+    from aiohttp import ClientResponse, ClientTimeout
+
+    class ShortText(ClientResponse):
+        async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
+            data = await _filled(self.content, MOST_LISTING_BYTES + 1)
+            if len(data) > MOST_LISTING_BYTES:
+                raise ValueError(f"the page has more than {MOST_LISTING_BYTES} bytes, which no list of files has")
+            return data.decode(encoding or self.charset or "utf-8", errors)
+
+    return {"timeout": ClientTimeout(total=GRACE_S), "response_class": ShortText}
+
+
+def check_address(uri: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of those options that count for an address. Raises what `open_fs` raises; nothing is opened."""
+    protocol = _protocol(uri)
+    if protocol.endswith(":"):
+        meant = f"{protocol}//{uri.removeprefix(protocol).removeprefix('/')}"
+        raise StoreError(redact(f"{uri!r} is no address: expected '//' after '{protocol}'. Write {meant}"))
+    if protocol not in OPTIONS:
+        raise StoreError(
+            f"cannot open {_shown(uri)}: the protocol {protocol!r:.50} is not opened here, only "
+            f"{', '.join(f'{name}://' for name in OPTIONS)}, and none through another ('::'). Copy the file to one of "
+            "these."
+        )
+    _refuse_credentials(uri, options)
+    try:
+        return options_for(protocol, options)
+    except OptionError as error:
+        refusal = StoreOptionsError(redact(str(error)))
+        refusal.key = error.key
+        raise refusal from error
 
 
 def _open_s3(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     # max_concurrency 1: with more, s3fs asks for the size before each read, two requests in place of one.
     defaults = {"use_listings_cache": False, "max_concurrency": 1}
     config = {**S3_CONFIG, **options.get("config_kwargs", {})}
-    # Not url_to_fs: it takes "::" in a file's name for a chain of file systems.
     fs = fsspec.filesystem("s3", **{**defaults, **options, "config_kwargs": config})
     fs.retries = 1
     return fs, fs._strip_protocol(uri)
 
 
 def _protocol(uri: str) -> str:
+    """Return the protocol of an address; `s3:`, which is none, of one that lacks its slashes."""
     protocol = split_protocol(uri)[0]
     if protocol is not None:
         return protocol
-    start = re.match(r"([a-z][a-z0-9]+):/?", uri)
-    remote = start is not None and start[1] not in LOCAL_PROTOCOLS and start[1] in fsspec.available_protocols()
-    if start is not None and remote and not os.path.lexists(uri):
-        meant = f"{start[1]}://{uri[start.end() :]}"
-        raise StoreError(redact(f"{uri!r} is no address: expected '//' after '{start[1]}:'. Write {meant}"))
-    return "file"
+    start = re.match(r"([a-z][a-z0-9]+):", uri)
+    if start is None or start[1] in LOCAL_PROTOCOLS or start[1] not in OPTIONS or os.path.lexists(uri):
+        return "file"
+    return start[0]
 
 
 def _refuse_credentials(uri: str, options: Mapping[str, Any]) -> None:
     found = sorted(_credential_keys(options))
     if found:
-        raise StoreError(
+        raise StoreOptionsError(
             f"storage options hold the credentials {', '.join(found)} for {_shown(uri)}. They would end up "
             "in job files and logs: remove them and set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, in the environment."
@@ -358,12 +423,13 @@ def _refuse_as_root(uri: str) -> None:
         )
 
 
-def _credential_keys(options: Mapping[str, Any]) -> Iterator[str]:
+def _credential_keys(options: Mapping[str, Any], depth: int = 5) -> Iterator[str]:
+    """Yield the names of secrets among options; what is nested deeper than any option is refused as such."""
     for name, value in options.items():
-        if str(name).lower() in _REFUSED_OPTIONS:
+        if str(name).lower() in _REFUSED_OPTIONS and not (name == "token" and value in TOKEN_KINDS):
             yield str(name)
-        elif isinstance(value, Mapping):
-            yield from _credential_keys(value)
+        elif isinstance(value, Mapping) and depth:
+            yield from _credential_keys(value, depth - 1)
         elif isinstance(value, str) and redact(value) != value:
             yield str(name)
 
@@ -431,21 +497,30 @@ class Store:
     Safe to use from several threads. Every operation waits for `patience_s` seconds for errors that pass by
     themselves, such as throttling and lost connections; beyond what botocore retries.
 
+    needs: a key that a local root must have to be written to. A root that was moved away or unmounted is then an error,
+    and is not made anew.
+
     Raises StoreError for credentials among the options or in the URI, and for a URI with a variable that nobody has
     filled in; nothing is opened or created here.
     """
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        storage_options: Mapping[str, Any] | None = None,
+        patience_s: float = 0.0,
+        needs: str | None = None,
+    ) -> None:
         self.storage_options: dict[str, Any] = dict(storage_options or {})
-        self.patience_s = patience_s
-        _refuse_credentials(uri, self.storage_options)
+        self.patience_s, self.needs = patience_s, needs
+        check_address(uri, self.storage_options)
         _refuse_as_root(uri)
         self._local = _protocol(uri) in LOCAL_PROTOCOLS
         self.uri = f"file://{os.path.abspath(_local_path(uri))}" if self._local else uri.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store, (self.uri, self.storage_options, self.patience_s))
+        return (Store, (self.uri, self.storage_options, self.patience_s, self.needs))
 
     def __repr__(self) -> str:
         return f"Store({_shown(self.uri)})"
@@ -458,6 +533,20 @@ class Store:
         """Return the object's bytes. Raises StoreMissingError, StoreForbiddenError or StoreError."""
         return read_uri(self.uri_of(key), self.storage_options, self.patience_s)
 
+    def read_record(self, key: str, make: Callable[[Any], _Result], advice: str) -> _Result:
+        """Return what `make` makes of the JSON that is stored at `key`.
+
+        Raises StoreDamagedError, with what to do about it, for a file of which nothing can be made, and what `read`
+        raises.
+        """
+        data = self.read(key)
+        try:
+            return make(json.loads(data))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise StoreDamagedError(
+                f"{self.uri_of(key)} ({len(data)} bytes) is damaged ({type(error).__name__}: {error!s:.200}): {advice}"
+            ) from error
+
     @_patient
     def read_start(self, key: str, count: int) -> bytes:
         """Return the object's first bytes, `count` or as many as there are, in one request.
@@ -468,6 +557,8 @@ class Store:
         with _translating("read", uri):
             fs, path = self._at(key)
             _check_regular(fs, path)
+            if "http" in fs.protocol:  # servers need not heed what part is asked for
+                return _start_of(_content(fs, path, uri, MOST_BYTES), count)
             return fs.cat_file(path, start=0, end=count)
 
     @_patient
@@ -513,6 +604,7 @@ class Store:
         with _translating("write", uri):
             fs, path = self._at(key)
             if self._local:
+                self._check_root()
                 _write_local(path, data, os.replace)
             else:
                 self._upload(fs, path, data)
@@ -552,8 +644,16 @@ class Store:
 
     @_patient
     def delete(self, key: str) -> None:
-        """Remove the object; one that does not exist is no error. Local folders left empty go as well."""
+        """Remove the object; one that does not exist is no error. Local folders left empty go as well.
+
+        Raises StoreError for a file that a symbolic link leads to from the root: it lies elsewhere, and is not ours.
+        """
         uri = self.uri_of(key)
+        if self.is_linked(key.rpartition("/")[0]):
+            raise StoreError(
+                f"{_shown(uri)} is not removed: a folder on the way to it is a symbolic link, and links are not "
+                "followed to remove what lies elsewhere."
+            )
         with _translating("delete", uri):
             fs, path = self._at(key)
             with suppress(FileNotFoundError):
@@ -561,24 +661,45 @@ class Store:
         if self._local:
             self._prune(Path(path).parent)
 
-    def remove_unfinished(self) -> int:
-        """Remove what writers that died have left: temporary files, and parts of uploads; return how many.
+    def is_linked(self, key: str) -> bool:
+        """Return whether a file or a folder, or one that leads to it from the root, is a symbolic link."""
+        if not self._local:
+            return False
+        parts, root = key.split("/"), self._at("")[1]
+        return any(os.path.islink(os.path.join(root, *parts[:count])) for count in range(1, len(parts) + 1))
 
-        For a folder that nobody writes into.
+    def unfinished(self) -> list[str]:
+        """Return what writers that died have left: keys of temporary files, or of parts of uploads.
+
+        In a folder that nobody writes into. Symbolic links are not followed.
         """
+        with _translating("list", self.uri):
+            fs, root = self._at("")
+            if not self._local:
+                return [upload["Key"] for upload in self._uploads(fs, root)]
+            found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return sorted(os.path.relpath(path, root) for path in found if _is_temporary(path))
+
+    def remove_unfinished(self) -> int:
+        """Remove what `unfinished` returns, and return how many it was."""
         with _translating("clean", self.uri):
             fs, root = self._at("")
             if self._local:
-                left = [path for path in Path(root).rglob(f"{TEMPORARY_PREFIX}*") if path.is_file()]
+                left = [Path(root, key) for key in self.unfinished()]
                 for path in left:
                     path.unlink(missing_ok=True)
                     self._prune(path.parent)
                 return len(left)
-            bucket, folder, _ = fs.split_path(root)
-            uploads = [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
+            uploads = self._uploads(fs, root)
             for upload in uploads:
+                bucket = fs.split_path(root)[0]
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(uploads)
+
+    def _uploads(self, fs: Any, root: str) -> list[Any]:
+        """Return the uploads below the root that were begun and not completed."""
+        bucket, folder, _ = fs.split_path(root)
+        return [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
 
     def fingerprints(self) -> dict[str, str]:
         """Return a short text for every object that changes with its content, by key; see `fingerprint`."""
@@ -594,8 +715,10 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _translating("read", uri):
             fs, path = self._at(key)
-            fs.get_file(path, str(file))
-            _check_size(str(file), file.stat().st_size, fs.info(path)["size"])
+            size = fs.info(path)["size"]
+            with file.open("wb") as copy:
+                copy.writelines(_content(fs, path, uri, MOST_BYTES if size is None else size))
+            _check_size(str(file), file.stat().st_size, size)
 
     def check_writable(self) -> None:
         """Write, re-create and delete a small probe object, so that a job fails before its work, not after.
@@ -621,6 +744,7 @@ class Store:
 
     def _create(self, fs: Any, path: str, data: bytes) -> None:
         if self._local:
+            self._check_root()
             _write_local(path, data, _link)
         else:
             self._require_s3()
@@ -640,6 +764,14 @@ class Store:
             raise StoreError(
                 f"outputs cannot be written to {_shown(self.uri)}: only a local folder and s3:// offer "
                 "atomic and conditional writes here. Other protocols can be read from."
+            )
+
+    def _check_root(self) -> None:
+        """Raise StoreUnwritableError if what the root needs is not there."""
+        if self.needs is not None and not os.path.exists(os.path.join(self._at("")[1], self.needs)):
+            raise StoreUnwritableError(
+                f"the output folder {_shown(self.uri)} is gone: {self.needs} is no more in it. It was moved or "
+                "unmounted while the job ran. Bring it back, or run the job where it is now."
             )
 
     def _at(self, key: str) -> tuple[Any, str]:
@@ -729,6 +861,12 @@ def _open_new(folder: str, path: str) -> int:
         with suppress(FileNotFoundError):  # a delete() elsewhere removed the folder while it was empty
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     raise StoreError(f"the folder {folder!r} vanishes each time it is made: another program removes it.")
+
+
+def _is_temporary(path: str) -> bool:
+    """Return whether a file is one of `_write_temporary`, and not one of that kind of somebody else."""
+    name = os.path.basename(path).removeprefix(TEMPORARY_PREFIX)
+    return bool(re.fullmatch("[0-9a-f]{32}", name)) and os.path.isfile(path) and not os.path.islink(path)
 
 
 def _make_folder(folder: Path) -> None:
@@ -905,19 +1043,131 @@ _ASCII_AS_IT_IS = "".join(map(chr, range(32, 127))).replace("%", "")
 # --------------------------------------------------------------------------------------------------- inputs
 
 
-def read_uri(uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0) -> bytes:
+def read_uri(
+    uri: str, storage_options: Mapping[str, Any] | None = None, patience_s: float = 0.0, most: int = MOST_BYTES
+) -> bytes:
     """Return the bytes at an absolute URI; errors that pass by themselves are waited out for `patience_s` seconds.
 
-    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    Raises StoreOversizedError for more than `most` bytes, StoreMissingError, StoreForbiddenError or StoreError.
     """
 
     def read() -> bytes:
         fs, path = open_fs(uri, storage_options)
         with _translating("read", uri):
             _check_regular(fs, path)
-            return fs.cat_file(path)
+            return b"".join(_content(fs, path, uri, most))
 
     return patiently(read, patience_s)
+
+
+def _content(fs: Any, path: str, uri: str, most: int) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces, none of them empty.
+
+    Raises StoreOversizedError for more than `most`, and StoreError for a remote file that comes too slowly.
+    """
+    if _is_local_fs(fs) or not {"http", "s3"} & {*fs.protocol}:
+        pieces = _from_file(fs, path, uri)
+    else:
+        pieces = _from_answer(fs, path, uri)
+    read = 0
+    for piece in pieces:
+        read += len(piece)
+        if read > most:
+            pieces.close()
+            raise StoreOversizedError(
+                f"{_shown(uri)} has more than the {most} bytes that are accepted. Give a smaller file or, if it is a "
+                "reference, raise references.max_bytes."
+            )
+        yield piece
+
+
+def _start_of(pieces: Iterator[bytes], count: int) -> bytes:
+    start = b""
+    while len(start) < count and (piece := next(pieces, b"")):
+        start += piece
+    return start[:count]
+
+
+class _Pace:
+    """Watches how fast a remote file comes, from its first byte on."""
+
+    def __init__(self, uri: str):
+        self._uri, self._began, self._read = uri, time.monotonic(), 0
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the next bytes may take."""
+        return self._began + GRACE_S + self._read / LEAST_BYTES_S - time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Take note of bytes that came; StoreError if they came too late."""
+        self._read += count
+        if self.seconds_left <= 0:
+            raise StoreError(
+                f"{_shown(self._uri)} came too slowly: {self._read} bytes in {time.monotonic() - self._began:.0f} "
+                f"seconds, expected {LEAST_BYTES_S} a second. Download it, or copy it to a storage nearby."
+            )
+
+
+def _from_file(fs: Any, path: str, uri: str) -> Generator[bytes]:
+    """Yield the bytes of a file of a file system that is asked for one range after another."""
+    remote = not _is_local_fs(fs)
+    with fs.open(path, "rb", **({"block_size": CHUNK_BYTES, "cache_type": "readahead"} if remote else {})) as file:
+        pace = _Pace(uri)
+        while piece := file.read(PIECE_BYTES if remote else CHUNK_BYTES):
+            if remote:
+                pace.add(len(piece))
+            yield piece
+
+
+def _from_answer(fs: Any, path: str, uri: str) -> Generator[bytes]:
+    """Yield the bytes of one answer over HTTP as they come, whatever the server said of their number before."""
+    get = _get_s3 if "s3" in fs.protocol else _get_http
+    body, close = sync(fs.loop, get, fs, path, timeout=FIRST_BYTE_S)
+    try:
+        piece = sync(fs.loop, body.read, PIECE_BYTES, timeout=FIRST_BYTE_S)
+        pace = _Pace(uri)
+        while piece:
+            pace.add(len(piece))
+            yield piece
+            try:
+                piece = sync(fs.loop, _filled, body, PIECE_BYTES, timeout=max(pace.seconds_left, 0.001))
+            except FSTimeoutError:
+                pace.add(0)
+                raise
+    finally:
+        fs.loop.call_soon_threadsafe(close)
+
+
+async def _get_http(fs: Any, path: str) -> tuple[Any, Callable[[], None]]:
+    """Ask for a file; return what its bytes are read from, and what ends that."""
+    from aiohttp import ClientTimeout
+
+    session, request = await fs.set_session(), dict(fs.kwargs)
+    headers = {"Accept-Encoding": "identity", **request.pop("headers", {})}
+    no_total = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    answer = await session.get(fs.encode_url(path), headers=headers, timeout=no_total, **request)
+    try:
+        fs._raise_not_found_for_status(answer, path)
+    except BaseException:
+        answer.close()
+        raise
+    return answer.content, answer.close
+
+
+async def _get_s3(fs: Any, path: str) -> tuple[Any, Callable[[], None]]:
+    bucket, key, _ = fs.split_path(path)
+    body = (await fs._call_s3("get_object", Bucket=bucket, Key=key, **fs.req_kw))["Body"]
+    return body, body.close
+
+
+async def _filled(body: Any, count: int) -> bytes:
+    """Return the next `count` bytes, or those up to the end."""
+    pieces: list[bytes] = []
+    while count > 0 and (piece := await body.read(count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def _check_regular(fs: Any, path: str) -> None:
@@ -1084,10 +1334,11 @@ def _is_named(name: str, pattern: str, last: bool = False) -> bool:
     return last and dot != "" and endings.isalnum() and ending.lower() == endings.lower() and fnmatchcase(stem, stems)
 
 
-def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
+def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None, most: int | None = None) -> str:
     """Return a short text that changes when the file's content changes: its size with its ETag or mtime.
 
-    Costs one look-up. Where the storage reports neither (some HTTP servers), the content is read and hashed.
+    Costs one look-up. Where the storage reports neither (some HTTP servers), the content is read and hashed, up to
+    `most` bytes; see `sha256_of`.
 
     Raises StoreMissingError, StoreForbiddenError or StoreError.
     """
@@ -1099,19 +1350,21 @@ def fingerprint(uri: str, storage_options: Mapping[str, Any] | None = None) -> s
             raise IsADirectoryError(f"{path} is a folder, not a file")
     marks = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated"))
     mark = next((str(mark).strip('"') for mark in marks if mark), None)
-    return f"{info.get('size')}-{mark}" if mark else f"sha256-{sha256_of(uri, storage_options)}"
+    return f"{info.get('size')}-{mark}" if mark else f"sha256-{sha256_of(uri, storage_options, most)}"
 
 
-def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Return the SHA-256 in hex of the file at `uri`, reading it in pieces of 8 MiB.
+def sha256_of(uri: str, storage_options: Mapping[str, Any] | None = None, most: int | None = None) -> str:
+    """Return the SHA-256 in hex of the file at `uri`, reading it in pieces.
 
-    Raises StoreMissingError, StoreForbiddenError or StoreError.
+    most: bytes that are read of a remote file (None: MOST_BYTES); a local one is read as a whole, whatever it has.
+
+    Raises StoreOversizedError, StoreMissingError, StoreForbiddenError or StoreError.
     """
     fs, path = open_fs(uri, storage_options)
     digest = hashlib.sha256()
     with _translating("read", uri):
         _check_regular(fs, path)
-        with fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        limit = os.stat(path).st_size if _is_local_fs(fs) else most or MOST_BYTES
+        for piece in _content(fs, path, uri, limit):
+            digest.update(piece)
     return digest.hexdigest()

@@ -161,7 +161,7 @@ def read_table(uri: str, job: Job, needed: set[str]) -> tuple[list[str], list[di
         raise PlanError(
             f"{uri}: tables are {', '.join('.' + known for known in _READERS)}, told by their name's ending"
         )
-    data = job.read(address)
+    data = job.read(address, MOST_TABLE_BYTES)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise PlanError(f"{uri}: it is UTF-16, as some spreadsheets write it. Save it as UTF-8.")
     try:
@@ -243,4 +243,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[bytes, set[str]], _Rows]] = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines}
-MOST_ROWS = 10_000_000
+MOST_ROWS, MOST_TABLE_BYTES = 10_000_000, 1024**3

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ditflow.cache import cache_folder, go_on_without_cache
 
@@ -64,9 +67,16 @@ def _load_remembered() -> dict[str, str]:
     except OSError as error:
         go_on_without_cache(cache_folder(), error.strerror)
         return {}
-    except ValueError:  # damaged: it is only a memory
-        return {}
-    return remembered if isinstance(remembered, dict) else {}
+    except (ValueError, RecursionError):
+        remembered = None
+    if isinstance(remembered, dict) and all(_is_hash(value) for value in remembered.values()):
+        return remembered
+    logging.getLogger("ditflow").warning("%s is damaged: the hashes of files are computed anew", _memory_file())
+    return {}
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _remember(new: dict[str, str]) -> None:

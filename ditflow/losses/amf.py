@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -35,6 +36,7 @@ class AttentionMotionFlowLoss:
     name: ClassVar[str] = "ditflow"
     captures: ClassVar[CaptureKind] = "queries_keys"
     reference_noise: ClassVar[float] = 0.0
+    payload_axes: ClassVar[Mapping[str, str]] = {"displacement": "F F P 2"}
 
     @property
     def revision(self) -> int:

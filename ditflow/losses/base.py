@@ -21,6 +21,8 @@ class MotionLoss(Protocol):
 
     captures: what it needs of a block, `queries_keys` or `features`; nothing else is computed.
     reference_noise: how far the reference is noised before its signal is taken, as a share t/T of all timesteps.
+    payload_axes: may be left out. The axes of every tensor of its payload: F, P, a number, or other letters, each
+    of which is as long wherever it stands. A file with other shapes is refused then.
     revision: raised when the same settings come to mean another loss, so that the rows it guides get new ids.
     """
 

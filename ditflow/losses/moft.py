@@ -5,6 +5,7 @@ An adaptation: the original takes the features of a UNet's decoder, this one tho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,6 +35,7 @@ class MotionFeatureLoss:
     name: ClassVar[str] = "moft"
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
+    payload_axes: ClassVar[Mapping[str, str]] = {"channels": "k", "features": "F P k"}
     revision: ClassVar[int] = 1
 
     @classmethod

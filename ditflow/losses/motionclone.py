@@ -6,6 +6,7 @@ place attends to itself in the other frames, with the queries and keys of one of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,6 +35,7 @@ class TemporalAttentionLoss:
     name: ClassVar[str] = "motionclone"
     captures: ClassVar[CaptureKind] = "queries_keys"
     reference_noise: ClassVar[float] = 0.4
+    payload_axes: ClassVar[Mapping[str, str]] = {"frame": "H P F", "attention": "H P F"}
     revision: ClassVar[int] = 1
 
     @classmethod

@@ -5,6 +5,7 @@ An adaptation: the original takes the features of a UNet's decoder, this one tho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,6 +36,7 @@ class SpaceTimeMeanLoss:
     name: ClassVar[str] = "smm"
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
+    payload_axes: ClassVar[Mapping[str, str]] = {"means": "F D"}
     revision: ClassVar[int] = 1
 
     @classmethod

@@ -50,7 +50,7 @@ class ReportFolder:
 
     def tidy(self) -> tuple[int, int, int]:
         """Remove what an earlier page named and this one does not; return how many were written, kept and removed."""
-        own = {key for key in self._there if key.split("/")[1] in _PARTS}
+        own = {key for key in self._there if key.split("/")[1] in _PARTS and not self.store.is_linked(key)}
         for key in own - self._named:
             self.store.delete(key)
         return self._written, len(own & self._named), len(own - self._named)

@@ -19,7 +19,7 @@ from pipeline.faults import READING
 from pipeline.job import Job, References
 from pipeline.plan import Input, WorkRow
 from pipeline.stages.attempt import Desk, Outcome, faultless, not_to_blame
-from pipeline.store import open_fs
+from pipeline.store import MOST_BYTES, open_fs
 
 Row = dict[str, Any]
 """One row of a dataset: JSON texts, numbers, and at most one array of frames."""
@@ -83,7 +83,7 @@ def read_clip(source: Input, settings: References, job: Job) -> Clip:
     check_size(source, job)
     with bounded_memory(settings.max_memory_bytes):
         return read_video(
-            read_unchanged(source, job),
+            read_unchanged(source, job, settings.max_bytes),
             frames=settings.frames,
             height=settings.height,
             width=settings.width,
@@ -137,9 +137,9 @@ def bounded_memory(extra_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-def read_unchanged(source: Input, job: Job) -> bytes:
+def read_unchanged(source: Input, job: Job, most: int = MOST_BYTES) -> bytes:
     """Return the bytes of a reference or bank; ChangedInputError if they are not those that were planned."""
-    data = node_cache(job).read(source.uri, source.sha256, lambda: job.read(source.source))
+    data = node_cache(job).read(source.uri, source.sha256, lambda: job.read(source.source, most))
     found = hashlib.sha256(data).hexdigest()
     if source.sha256 not in (None, found):
         raise ChangedInputError(

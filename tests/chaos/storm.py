@@ -133,7 +133,7 @@ class Storm:
             "sampling": {"steps": 3},
             "output": {"uri": f"{root}/out"},
             "resources": {"generate": {"actors": 2}, "threads": 1},
-            "faults": {"storage_patience_s": PATIENCE_S, "lease_s": 5, **faults},
+            "faults": {"storage_patience_s": PATIENCE_S, "lease_s": 15, **faults},
         }
         file = self._folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(spec))
@@ -261,7 +261,7 @@ class Storm:
                 report.innocents_lost += 1
         report.orphans_before_cleaning = sum(problem.kind == "orphan" for problem in self.manifest.verify(False))
         report.remade = sum(self._is_remade(row) for row in rows if _ok(row))
-        command = [sys.executable, "-m", "jobs", "manifest", "verify", "--clean", self.store.uri]
+        command = [sys.executable, "-m", "jobs", "manifest", "verify", "--clean", "--yes", self.store.uri]
         subprocess.run(command, check=False, capture_output=True)
         report.problems_after_cleaning = len(self.manifest.verify())
         report.outputs = _outputs(rows)

@@ -79,7 +79,7 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_job_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, number):
     render_clips(tmp_path / "references", count=1, seed=0)
-    spec = write_spec(tmp_path, seeds=list(range(ROWS)), sampling={"steps": 20}, faults={"lease_s": 3})
+    spec = write_spec(tmp_path, seeds=list(range(ROWS)), sampling={"steps": 20}, faults={"lease_s": 10})
     store = Store(str(tmp_path / "out"))
     manifest = Manifest(store)
 

@@ -1,6 +1,8 @@
 """Shared fixtures: a real S3 protocol endpoint on loopback, and a `store` fixture on both kinds of storage."""
 
+import contextlib
 import http.client
+import http.server
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -124,3 +126,51 @@ def local_store(tmp_path) -> Store:
 def store(request: pytest.FixtureRequest) -> Store:
     """An empty store, once on a local folder and once on S3."""
     return request.getfixturevalue(f"{request.param}_store")
+
+
+class Web(dict):
+    """A web server of files by name, each bytes, or a function that answers a request. `requests` lists what came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[str] = []
+        self.ending = threading.Event()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                web.requests.append(f"{self.command} {self.path}")
+                answer = web.get(self.path.lstrip("/").split("?")[0])
+                if callable(answer):
+                    self.close_connection = True
+                    self.send_response(200)
+                    with contextlib.suppress(OSError):  # the client had enough
+                        answer(self)
+                    return
+                self.send_response(404 if answer is None else 200)
+                self.send_header("Content-Length", str(len(answer or b"")))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(answer or b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer((LOOPBACK, 0), Handler)
+        self.url = f"http://{LOOPBACK}:{self.server.server_port}"
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setenv("NO_PROXY", LOOPBACK)
+    web = Web()
+    thread = threading.Thread(target=web.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield web
+    web.ending.set()
+    web.server.shutdown()
+    web.server.server_close()

@@ -200,6 +200,13 @@ def renamed(learned: Learned, name: str, *shape: int) -> bytes:
     return write_artifact("motion bank", 4, header_of(learned), {name: torch.zeros(shape or (2, 2))})
 
 
+def factors(learned: Learned, part: str, channels: int, rank: int) -> bytes:
+    """A bank of one part in two factors, which multiply to 2 steps of 48 tokens with so many channels."""
+    tensors = {"left": torch.zeros(48, rank).half(), "right": torch.zeros(2, channels, rank).half()}
+    named = {f"{part}.{form}": tensor for form, tensor in tensors.items()}
+    return write_artifact("motion bank", 4, header_of(learned), named)
+
+
 def motion_of(learned: Learned) -> dict:
     return asdict(learned.bank.header.motion)
 
@@ -267,6 +274,17 @@ DAMAGED = {
     "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query the tensors left torch.float32 \[2, 2\]"),
     "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), r"expected numbers for 2 steps of"),
     "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
+    "a grid of a city": (lambda bank: with_header(bank, grid=[1000, 1000, 1000]), "grid .*at most 1000000 tokens"),
+    "a video of a year": (
+        lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid .*at most 128 frames"
+    ),
+    "moves along six axes": (lambda bank: factors(bank, "query", 6, 1), "for query .*3 of a token's move"),
+    "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive .*most 268435456 of"),
+    "a petabyte of nothing": (lambda bank: factors(bank, "additive", 2**50, 0), "for additive .*at most 268435456 of"),
+    "values of nothing": (lambda bank: factors(bank, "additive", 5, 0), "for additive"),
+    "latents of no number": (lambda bank: renamed(bank, "latents", 1, 3, 0, 8, 8), r"latents torch.float32 \[1, 3, 0"),
+    "latents of two clips": (lambda bank: renamed(bank, "latents", 2, 3, 4, 8, 8), r"latents torch.float32 \[2, 3"),
+    "latents of a larger video": (lambda bank: renamed(bank, "latents", 1, 3, 1, 99, 8), r"latents torch.* 99, 8\]"),
     "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "positions of query, expected"),
     "no part": (lambda bank: with_header(bank), "positions of nothing, expected"),
     "an injection of no step": (

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -168,17 +169,78 @@ def test_a_copy_that_cannot_be_finished_leaves_nothing_behind(cache, monkeypatch
     assert [path for path in cache.folder.rglob("*") if path.is_file()] == []
 
 
+def test_a_copy_of_another_user_is_used_if_it_can_be_read_and_gone_without_if_not(cache, monkeypatch):
+    cache.read(REMOTE, HASH, Fetch())
+
+    def not_ours(path, *_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", not_ours)
+        assert cache.read(REMOTE, HASH, Fetch(b"never asked for")) == CONTENT
+        patch.setattr(Path, "read_bytes", not_ours)
+        patch.setattr(os, "replace", not_ours)
+        assert cache.read(REMOTE, HASH, Fetch()) == CONTENT
+    assert list((cache.folder / "unfinished").iterdir()) == []
+
+
+def test_a_folder_of_another_user_that_cannot_be_read_is_copied_once_more(s3_store, cache, monkeypatch):
+    s3_store.put("model_index.json", b"{}")
+    theirs, access = cache.folder_of(s3_store), os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: theirs not in [path, *Path(path).parents] and access(path, mode)
+    )
+    own = cache.folder_of(s3_store)
+    assert own == cache.folder_of(s3_store) == theirs.with_name(f"{theirs.name}-{os.getuid()}")
+    assert (own / "model_index.json").read_bytes() == b"{}"
+
+
+def test_what_a_process_that_died_has_left_unfinished_is_removed_and_nothing_else(cache, tmp_path):
+    unfinished = cache.folder / "unfinished"
+    abandoned, at_work, own = unfinished / ("a" * 32), unfinished / ("b" * 32), unfinished / "notes"
+    for path in (abandoned, at_work, own):
+        path.mkdir(parents=True)
+        (path / "weights").write_bytes(b"half")
+        os.utime(path, (1, 1))
+    os.utime(abandoned / "weights", (1, 1))
+    os.utime(own / "weights", (1, 1))
+    (tmp_path / "elsewhere").write_bytes(b"mine")
+    (unfinished / ("c" * 32)).symlink_to(tmp_path / "elsewhere")
+    os.utime(tmp_path / "elsewhere", (1, 1))
+    cache.read(REMOTE, HASH, Fetch())
+    assert sorted(path.name for path in unfinished.iterdir()) == [at_work.name, own.name]
+    assert (tmp_path / "elsewhere").read_bytes() == b"mine"
+
+
+def test_a_cache_in_a_folder_of_the_users_own_removes_only_its_copies(cache, tmp_path):
+    tight = NodeCache(cache.folder, max_bytes=0)
+    for name in ("models/my-model/weights", "files/thesis.pdf"):
+        (tight.folder / name).parent.mkdir(parents=True)
+        (tight.folder / name).write_bytes(b"mine")
+    (tight.folder / f"models/{HASH}").symlink_to(tmp_path)
+    tight.read(REMOTE, HASH, Fetch())
+    other = hashlib.sha256(b"other").hexdigest()
+    tight.read(REMOTE, other, Fetch(b"other"))
+    assert copies(tight) == sorted([other, "thesis.pdf"])
+    assert (tight.folder / "models/my-model/weights").exists()
+    assert (tight.folder / f"models/{HASH}").is_symlink()
+
+
 def test_a_model_on_object_storage_needs_a_cache_and_the_error_names_its_key(unusable, s3_store):
     s3_store.put("model_index.json", b"{}")
     with pytest.raises(OSError, match=r"Set resources\.cache\.folder or DITFLOW_CACHE"):
         NodeCache(unusable, 1000).folder_of(s3_store)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff", b"[1]"])
-def test_a_damaged_memory_of_hashes_is_computed_again(tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[1]", b"[" * 100_000, b"wrong values"], ids=range(5))
+def test_a_damaged_memory_of_hashes_is_computed_again_with_a_warning(tmp_path, monkeypatch, caplog, damage):
     monkeypatch.setenv("DITFLOW_CACHE", str(tmp_path))
-    (tmp_path / "file-hashes.json").write_bytes(damage)
-    assert folder_revision(mini_folder("mini")) == folder_revision(mini_folder("mini"))
+    revision, memory = folder_revision(mini_folder("mini")), tmp_path / "file-hashes.json"
+    hashes = json.loads(memory.read_bytes())
+    memory.write_bytes(json.dumps(dict.fromkeys(hashes, 5)).encode() if damage == b"wrong values" else damage)
+    assert folder_revision(mini_folder("mini")) == revision
+    assert json.loads(memory.read_bytes()) == hashes
+    assert f"{memory} is damaged" in caplog.messages[0]
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):

@@ -743,17 +743,30 @@ def test_verify_finds_a_missing_a_changed_and_a_superfluous_file_and_ends_with_s
     assert told.stderr == "3 rows, 2 problems\n"
 
 
-def test_verify_clean_removes_what_killed_runs_left_and_says_what(output):
-    store = Store(str(output))
-    store.put("videos/row-9.mp4", b"of a row in flight")
+def test_verify_clean_lists_what_killed_runs_left_and_removes_it_when_told_to(output):
+    store, id_ = Store(str(output)), "0123456789abcdef01234567"
+    store.put("job.yaml", b"")
+    store.put(f"videos/{id_}.mp4", b"of a row in flight")
     store.put("attempts/row-1/001.json", b"{}")
     store.put("attempts/row-9/001.json", b"{}")
-    (output / "videos/.tmp-12").write_bytes(b"half a video")
-    result = ditflow("manifest", "verify", output, "--clean")
-    assert "removed videos/row-9.mp4" in result.stderr
-    assert "removed 1 unfinished files" in result.stderr
-    assert "3 rows, 0 problems" in result.stderr
+    (output / f"videos/.tmp-{'0' * 32}").write_bytes(b"half a video")
+    before = store.list()
+    result = ditflow("manifest", "verify", output, "--clean", status=1)
+    assert f"would be removed: videos/{id_}.mp4" in result.stderr
+    assert "nothing was removed: --clean --yes does it" in result.stderr
+    assert store.list() == before
+    result = ditflow("manifest", "verify", output, "--clean", "--yes")
+    assert f"removed videos/{id_}.mp4\nremoved videos/.tmp-{'0' * 32}\n3 rows, 0 problems" in result.stderr
     assert store.list("attempts") == ["attempts/row-9/001.json"], "a row that has not ended keeps its tries"
+    assert not list(output.glob("videos/.tmp-*"))
+
+
+def test_cleaning_a_folder_of_banks_removes_none(tmp_path):
+    bank = tmp_path / "banks/0123456789abcdef01234567.safetensors"
+    Store(str(tmp_path)).put("banks/0123456789abcdef01234567.safetensors", b"a bank")
+    (error,) = errors_of(ditflow("manifest", "verify", tmp_path, "--clean", "--yes", status=1))
+    assert "nothing is removed here: there is no record in manifest/" in error
+    assert bank.exists()
 
 
 def test_nothing_is_cleaned_or_merged_while_a_run_is_at_work(output, monkeypatch):
@@ -762,7 +775,7 @@ def test_nothing_is_cleaned_or_merged_while_a_run_is_at_work(output, monkeypatch
 
     monkeypatch.setattr(Lease, "__enter__", held)
     Store(str(output)).put("videos/row-9.mp4", b"of a row in flight")
-    for command in (("verify", "--clean"), ("compact",)):
+    for command in (("verify", "--clean", "--yes"), ("compact",)):
         (error,) = errors_of(ditflow("manifest", command[0], output, *command[1:], status=1))
         assert "another run is working" in error
     assert (output / "videos/row-9.mp4").exists()

@@ -20,8 +20,17 @@ from pipeline.faults import (
     classify,
     retry_faults,
 )
-from pipeline.record import ERROR_KINDS, RecordError
-from pipeline.store import StoreError, StoreForbiddenError, StoreMissingError, StoreUnwritableError
+from pipeline.job import Job, Output, OwnSettings, RunningJob
+from pipeline.manifest import Manifest
+from pipeline.record import ERROR_KINDS, RecordError, make_row
+from pipeline.store import (
+    Store,
+    StoreDamagedError,
+    StoreError,
+    StoreForbiddenError,
+    StoreMissingError,
+    StoreUnwritableError,
+)
 
 
 def client_error(status: int, code: str) -> boto.ClientError:
@@ -291,3 +300,59 @@ def test_a_first_try_costs_one_request(s3, s3_store):
 def test_a_row_id_that_cannot_be_a_file_name_is_refused(local_store, row_id):
     with pytest.raises(RecordError, match="row_id is"):
         Ledger(local_store).begin(row_id, {})
+
+
+# ------------------------------------------------------------------------------------------------- damaged markers
+
+DAMAGED = {
+    "nothing": b"", "cut off": b'{"row_id": "r', "a list": b"[1]", "null": b"null", "no text": b"\xff",
+    "nested": b"[" * 100_000, "no time": b'{"row_id": "r1"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_marker_of_a_try_is_named_by_its_file_and_counts_as_a_try(local_store, content):
+    ledger = Ledger(local_store)
+    local_store.put("attempts/r1/001.json", content)
+    with pytest.raises(
+        StoreDamagedError, match=r"attempts/r1/001\.json \([0-9]+ bytes\) is damaged .*: remove it if no"
+    ):
+        ledger.in_flight()
+    assert ledger.begin("r1", {}) == 2
+    assert ledger.unfinished() == {"r1": 2}
+
+
+def test_foreign_files_beside_markers_are_passed_over(local_store):
+    ledger = Ledger(local_store)
+    for name in (".nfs0001.json", "notes.json", ".DS_Store"):
+        local_store.put(f"attempts/r1/{name}", b"?")
+    assert ledger.begin("r1", {"node": "n"}) == 1
+    assert ledger.begin("r1", {"node": "n"}) == 2
+    assert [marker["attempt"] for marker in ledger.in_flight()] == [2]
+
+
+# ------------------------------------------------------------------------------------------- an output that is gone
+
+
+@pytest.mark.parametrize("then", ["moved", "replaced by an empty folder, as by an unmounted disk"])
+def test_an_output_that_is_gone_stops_the_job_and_is_not_made_anew(tmp_path, then):
+    out = tmp_path / "out"
+    job = RunningJob.of(Job("synthesize", "test", Output(str(out)), faults=Policy(storage_patience_s=0)))
+    Store(str(out)).put("run.json", b"{}")
+    Ledger(job.store()).begin("row-1", {})
+    out.rename(tmp_path / "moved")
+    if then != "moved":
+        out.mkdir()
+    store = pickle.loads(pickle.dumps(job.with_own(OwnSettings(start=1)).store()))  # as a worker has it
+    failed = make_row(row_id="row-1", status="failed", error_kind="permanent", error_class="E", error_message="e")
+    for write in (
+        lambda: store.put("videos/row-1.mp4", b"video"),
+        lambda: store.create("manifest/row-1.parquet", b"record"),
+        lambda: Ledger(store).begin("row-2", {}),
+        lambda: Manifest(store).commit(failed),
+        lambda: Manifest(store).remember(),
+    ):
+        with pytest.raises(StoreUnwritableError, match=r"is gone: run\.json is no more in it\. It was moved") as caught:
+            write()
+        assert classify(caught.value).stops_job
+    assert not out.exists() or not list(out.iterdir())

@@ -6,15 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
-from pipeline.lease import Holder, Lease, LeaseLostError
-from pipeline.store import Store, StoreError
+from pipeline.lease import Holder, Lease, LeaseLostError, held
+from pipeline.store import Store, StoreDamagedError, StoreError
 
+OFTEN = "import pipeline.lease; pipeline.lease._RENEWALS = 240\n"
+"""A lease of a minute is renewed four times a second then: no machine is so slow that it would lose it."""
 ELSEWHERE = {"number": 1, "token": "t", "host": "another-machine", "pid": 7, "since": "2026-01-01T00:00:00+00:00"}
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr("pipeline.lease._RENEWALS", 240)
 
 
 def leave(store: Store, **values) -> None:
@@ -36,11 +45,12 @@ def test_a_lease_is_held_for_a_block_and_given_back(store):
         pass
 
 
+@pytest.mark.usefixtures("often")
 def test_a_second_run_is_refused_while_the_first_lives(local_store):
-    with Lease(local_store, expires_s=0.3):
-        command = (
+    with Lease(local_store):
+        command = OFTEN + (
             "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
-            "with Lease(Store(sys.argv[1]), expires_s=0.6): print('held')"
+            "with Lease(Store(sys.argv[1])): print('held')"
         )
         second = subprocess.run([sys.executable, "-c", command, local_store.uri], capture_output=True, text=True)
         assert "held" not in second.stdout
@@ -86,12 +96,12 @@ HAS_UNSHARE = shutil.which("unshare") and subprocess.run([*UNSHARE, "true"], cap
 @pytest.mark.skipif(not HAS_UNSHARE, reason="process namespaces may not be made here")
 def test_of_two_containers_that_share_a_host_name_the_second_is_refused(local_store):
     command = [*UNSHARE, sys.executable, "-c"]
-    lease = "import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
-    hold = f"{lease}with Lease(Store(sys.argv[1]), expires_s=1): print('held', flush=True); sys.stdin.read()"
+    lease = f"{OFTEN}import sys; from pipeline.lease import Lease; from pipeline.store import Store\n"
+    hold = f"{lease}with Lease(Store(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     first = subprocess.Popen([*command, hold, local_store.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     assert [holder["pid"] for holder in holders(local_store)] == [1]
-    take = f"{lease}with Lease(Store(sys.argv[1]), expires_s=2): print('taken')"
+    take = f"{lease}with Lease(Store(sys.argv[1])): print('taken')"
     second = subprocess.run([*command, take, local_store.uri], capture_output=True, text=True)
     first.communicate()
     assert "another run is working on this output (process 1 on" in second.stderr
@@ -104,12 +114,12 @@ def test_a_lease_that_is_given_back_meanwhile_is_free(store):
         assert [holder["number"] for holder in holders(store)] == [1]
 
 
-HOLD = """
+HOLD = f"""{OFTEN}
 import sys, time
 from pipeline.lease import Lease, LeaseHeldError
 from pipeline.store import Store
 try:
-    with Lease(Store(sys.argv[1], patience_s=30), expires_s=1):  # as a job has it
+    with Lease(Store(sys.argv[1], patience_s=30)):  # as a job has it
         began = time.monotonic()
         time.sleep(0.5)
         print(began, time.monotonic())
@@ -119,7 +129,11 @@ except LeaseHeldError:
 
 
 def test_of_runs_that_find_a_dead_one_no_two_go_on_at_the_same_time(local_store):
-    leave(local_store)
+    gone, here = (
+        subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True),
+        Holder.here(1),
+    )
+    leave(local_store, host=here.host, pid=int(gone.stdout), processes=here.processes)
     command = [sys.executable, "-c", HOLD, local_store.uri]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     spans = sorted([float(part) for part in line.split()] for run in runs if (line := run.communicate()[0]))
@@ -139,19 +153,22 @@ def interruptible(request):
         signal.signal(number, handler)
 
 
-def wait_for_loss(lease: Lease) -> None:
+def wait_for_loss(lease: Lease, after: Callable[[], object] = lambda: None) -> None:
     """Work until the main thread is interrupted, as it is when the lease is lost."""
+
+    def work() -> None:
+        after()
+        time.sleep(60)
+
     with pytest.raises(KeyboardInterrupt):
-        time.sleep(4)
+        work()
     lease.check()
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "often")
 def test_a_run_that_was_taken_over_is_told_and_leaves_the_others_lease(local_store):
-    with Lease(local_store, expires_s=0.2) as lease:
-        leave(local_store, number=2)
-        with pytest.raises(LeaseLostError, match="another run took this output over"):
-            wait_for_loss(lease)
+    with Lease(local_store) as lease, pytest.raises(LeaseLostError, match="another run took this output over"):
+        wait_for_loss(lease, lambda: leave(local_store, number=2))
     assert max(holder["number"] for holder in holders(local_store)) == 2
 
 
@@ -162,13 +179,134 @@ def test_a_run_that_ends_before_it_is_told_leaves_the_others_lease_too(store):
     assert [holder["number"] for holder in holders(store)] == [9]
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(local_store, monkeypatch):
-    with Lease(local_store, expires_s=0.2) as lease:
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pipeline.lease.time.monotonic", clock)
+    return clock
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(local_store, monkeypatch, clock):
+    with Lease(local_store) as lease:
 
         def refuse(key: str, data: bytes) -> None:
+            clock.now += 40
             raise StoreError("the network is away", transient=True)
 
         monkeypatch.setattr(local_store, "put", refuse)
-        with pytest.raises(LeaseLostError, match=r"not be renewed for 0\.2 seconds \(the network is away\)"):
+        with pytest.raises(LeaseLostError, match=r"not be renewed for 60 seconds \(the network is away\)"):
             wait_for_loss(lease)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000001", "notes.json", "0000002.json", "٠٠٠٠٠٩.json", "x/y"])
+@pytest.mark.usefixtures("often")
+def test_a_foreign_file_beside_a_lease_changes_nothing(store, name):
+    store.put(f"lease/{name}", b"?")
+    with Lease(store) as lease:
+        while not held(store).holder.beat:  # until it is renewed
+            lease.check()
+            time.sleep(0.1)
+        assert held(store).holder.number == 1
+    assert store.list("lease") == [f"lease/{name}"]
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+def test_an_error_that_nobody_expects_in_the_renewal_ends_the_run(local_store, monkeypatch):
+    with Lease(local_store) as lease:
+
+        def fails(key: str, data: bytes) -> None:
+            raise ValueError("nobody thought of this")
+
+        monkeypatch.setattr(local_store, "put", fails)
+        with pytest.raises(LeaseLostError, match="can no longer be renewed .*nobody thought of this"):
+            wait_for_loss(lease)
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+@pytest.mark.parametrize("emptied", ["removed", "moved"])
+def test_a_run_whose_output_is_emptied_stops_and_writes_nothing_there(local_store, emptied):
+    root = local_store.uri.removeprefix("file://")
+
+    def empty() -> None:
+        os.rename(root, f"{root}-moved")
+        if emptied == "removed":
+            shutil.rmtree(f"{root}-moved")
+
+    said = "its lease is gone: the output was moved, emptied or unmounted"
+    with Lease(local_store) as lease, pytest.raises(LeaseLostError, match=said):
+        wait_for_loss(lease, empty)
+    assert not os.path.exists(root)
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+def test_a_run_whose_number_another_has_since_the_output_was_emptied_stops_and_leaves_that_ones_lease(local_store):
+    said = r"another run works on this output \(process 7 .*was emptied"
+    with Lease(local_store) as lease, pytest.raises(LeaseLostError, match=said):
+        wait_for_loss(lease, lambda: leave(local_store, token="of another"))
+    assert [holder["token"] for holder in holders(local_store)] == ["of another"]
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it(local_store, monkeypatch, clock):
+    create = local_store.create
+
+    def create_and_stand_still(key: str, data: bytes) -> bool:
+        created = create(key, data)
+        clock.now += 100
+        return created
+
+    monkeypatch.setattr(local_store, "create", create_and_stand_still)
+    with Lease(local_store) as lease:
+        with pytest.raises(LeaseLostError, match=r"could not be renewed for 60 seconds .*stood still"):
+            wait_for_loss(lease)
+        assert holders(local_store)[0]["beat"] == 0, "it is not renewed, for another run may have begun"
+
+
+@pytest.mark.usefixtures("interruptible", "often")
+def test_a_storage_that_answers_late_does_not_keep_a_run_from_noticing(local_store, monkeypatch, clock):
+    answer = threading.Event()
+
+    def answers_late(key: str, data: bytes) -> None:
+        clock.now += 100
+        answer.wait(60)
+
+    with Lease(local_store) as lease:
+        monkeypatch.setattr(local_store, "put", answers_late)
+        with pytest.raises(LeaseLostError, match="the storage does not answer"):
+            wait_for_loss(lease)
+        assert not answer.is_set()
+        answer.set()
+
+
+def test_a_run_waits_for_another_as_long_as_that_ones_lease_lasts(store):
+    for theirs, waits in ((90, 90), (1, 60), (1e9, 3600)):
+        leave(store, expires_s=theirs)
+        waited = []
+        with Lease(store, expires_s=60, sleep=waited.append):
+            pass
+        assert sum(waited) == pytest.approx(waits)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"number": 1}',
+     *(json.dumps({**ELSEWHERE, **changes}).encode()
+       for changes in ({"pid": "7"}, {"pid": -1}, {"number": 2}, {"expires_s": float("nan")}))],
+    ids=range(11),
+)  # fmt: skip
+def test_a_damaged_lease_is_named_by_its_file(local_store, damaged):
+    local_store.put("lease/000001.json", damaged)
+    for act in (lambda: held(local_store), Lease(local_store, expires_s=0.1).__enter__):
+        with pytest.raises(StoreDamagedError, match=r"lease/000001\.json \([0-9]+ bytes\) is damaged"):
+            act()

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -14,7 +16,7 @@ import pytest
 
 from pipeline.manifest import Manifest, ManifestError, output_key, parquet_bytes
 from pipeline.record import COLUMN_NAMES, COLUMNS, SCHEMA, RecordError, make_row, rows_to_table
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 
 GOLDEN = """
 row_id string; job string; kind string; status string; reference_uri string; reference_sha256 string; prompt string;
@@ -254,21 +256,62 @@ def test_few_files_are_left_alone_when_only_many_are_worth_it(local_store):
     assert manifest.compact(least=3) == 3
 
 
+ID = "0123456789abcdef01234567"
+
+
 def test_cleaning_removes_what_no_record_names_and_nothing_else(store, manifest):
     amf = store.put("amf/ab/m1.safetensors", b"motion")
     manifest.commit(finished(store, "r1", amf_uri=amf.uri))
     manifest.commit(failed("r2"))
-    store.put("videos/r3.mp4", b"of a row in flight when all was killed")
-    store.put("amf/m9.safetensors", b"of a job that never went on")
+    row, motion = f"videos/{ID}.mp4", f"amf/{ID[:2]}/{ID}.safetensors"
+    store.put(row, b"of a row in flight when all was killed")
+    store.put(motion, b"of a job that never went on")
     store.put("job.yaml", b"kind: synthesize")
-    assert sorted(problem.key for problem in manifest.clean()) == ["amf/m9.safetensors", "videos/r3.mp4"]
+    assert sorted(problem.key for problem in manifest.leftovers()) == [motion, row]
+    assert store.exists(row)
+    assert sorted(problem.key for problem in manifest.clean()) == [motion, row]
     assert manifest.verify() == []
     assert manifest.clean() == []
     assert store.exists("job.yaml")
     assert store.exists("amf/ab/m1.safetensors")
 
 
+@pytest.mark.parametrize("there", [(), ("job.yaml",), ("record",)], ids=["banks alone", "no manifest", "no job"])
+def test_nothing_is_cleaned_without_a_job_and_a_record(local_store, there):
+    manifest = Manifest(local_store)
+    for key in (f"banks/{ID}.safetensors", f"videos/{ID}.mp4", *(key for key in there if key == "job.yaml")):
+        local_store.put(key, b"the only copy")
+    if "record" in there:
+        manifest.commit(failed("r1"))
+    before = local_store.list()
+    with pytest.raises(ManifestError, match="nothing is removed here: there is no "):
+        manifest.clean()
+    assert local_store.list() == before
+
+
+def test_files_of_the_users_own_are_left_alone_and_links_are_not_followed(local_store, tmp_path):
+    manifest = Manifest(local_store)
+    manifest.commit(failed("r1"))
+    local_store.put("job.yaml", b"kind: synthesize")
+    own = ["videos/notes.txt", "videos/best.mp4", f"videos/zz/{ID}.mp4", f"banks/{ID}.safetensors.bak", f"amf/{ID}"]
+    for key in own:
+        local_store.put(key, b"mine")
+    elsewhere, root = tmp_path / "elsewhere", Path(local_store.uri.removeprefix("file://"))
+    elsewhere.mkdir()
+    (elsewhere / f"{ID}.mp4").write_bytes(b"outside")
+    (elsewhere / f".tmp-{'0' * 32}").write_bytes(b"outside")
+    (root / "videos/01").symlink_to(elsewhere)
+    (root / f"videos/{ID}.mp4").symlink_to(elsewhere / f"{ID}.mp4")
+    assert manifest.clean() == []
+    assert local_store.remove_unfinished() == 0
+    with pytest.raises(StoreError, match="symbolic link"):
+        local_store.delete(f"videos/01/{ID}.mp4")
+    assert sorted(path.name for path in elsewhere.iterdir()) == [f".tmp-{'0' * 32}", f"{ID}.mp4"]
+    assert all(local_store.exists(key) for key in own)
+
+
 def test_cleaning_removes_the_second_record_of_a_row_that_was_merged(store, manifest):
+    store.put("job.yaml", b"kind: synthesize")
     manifest.commit(failed("r1", seed=1))
     manifest.commit(failed("r2"))
     manifest.compact()
@@ -281,6 +324,7 @@ def test_cleaning_removes_the_second_record_of_a_row_that_was_merged(store, mani
 
 def test_nothing_is_cleaned_while_a_record_cannot_be_read(store, manifest):
     manifest.commit(finished(store, "r1"))
+    store.put("job.yaml", b"kind: synthesize")
     store.put("manifest/r1.parquet", b"damaged")
     with pytest.raises(ManifestError, match="no readable manifest file"):
         manifest.clean()
@@ -530,3 +574,25 @@ def test_a_damaged_memory_is_no_memory(manifest):
     manifest.remember()
     manifest.store.put("digest.parquet", b"PAR1 and no more")
     assert manifest.statuses() == {"a": "failed"}
+
+
+def damaged_digests(digest: bytes) -> Iterator[bytes]:
+    """The file cut off, and with a bit flipped in every few bytes of it."""
+    yield from (b"", digest[: len(digest) // 2], digest[:-4], b"PAR1" * 3)
+    for place in range(0, len(digest), max(1, len(digest) // 60)):
+        yield digest[:place] + bytes([digest[place] ^ 0x10]) + digest[place + 1 :]
+
+
+def test_a_memory_that_is_damaged_anywhere_changes_no_status(local_store, caplog):
+    manifest = Manifest(local_store)
+    for name in ("a", "b"):
+        manifest.commit(failed(name))
+    manifest.remember()
+    for damaged in damaged_digests(local_store.read("digest.parquet")):
+        local_store.put("digest.parquet", damaged)
+        assert manifest.statuses() == {"a": "failed", "b": "failed"}
+    assert f"{local_store.uri}/digest.parquet is damaged" in caplog.messages[0]
+    manifest.remember()
+    caplog.clear()
+    assert manifest.statuses() == {"a": "failed", "b": "failed"}
+    assert not caplog.messages, "it is made anew"

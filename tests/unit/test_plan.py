@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -876,6 +877,48 @@ def test_the_hashes_are_remembered_beside_the_outputs_and_not_rewritten_in_vain(
     written = memory.stat().st_mtime_ns
     plan(local_job)
     assert memory.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"file:///a.mp4": 5}',
+        b'{"file:///a.mp4": ["1", "no hash"]}',
+    ],
+    ids=range(8),
+)
+def test_a_damaged_memory_of_hashes_is_made_anew_with_a_warning(local_job, caplog, damaged):
+    before = [row.row_id for row in plan(local_job).todo]
+    store = local_job.store()
+    memory = store.read("inputs.json")
+    store.put("inputs.json", damaged)
+    assert [row.row_id for row in plan(local_job).todo] == before
+    assert store.read("inputs.json") == memory
+    (warning,) = caplog.messages
+    assert re.search(r"inputs\.json \([0-9]+ bytes\) is damaged .*: the inputs are hashed anew", warning)
+
+
+def test_a_reference_without_an_end_or_of_a_refused_protocol_costs_its_rows_and_no_others(local_job, web):
+    def endless(answer):
+        answer.end_headers()
+        while answer.command == "GET":
+            answer.wfile.write(bytes(65536))
+
+    web["endless.mp4"] = endless
+    table = Path(local_job.output.uri.removeprefix("file://")).parent / "pairs.jsonl"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    names = ["a.mp4", f"{web.url}/endless.mp4", f"filecache::{web.url}/a", "s3:/bucket/a.mp4"]
+    table.write_text("\n".join(json.dumps({"reference": name, "prompt": "a ball"}) for name in names))
+    references = replace(local_job.references, max_bytes=1_000_000)
+    todo = plan(replace(local_job, pairing=Table(str(table)), references=references, seeds=(1,))).todo
+    assert [row.reference.sha256 is not None for row in todo] == [True, False, False, False]
+    assert not any(request.endswith("/a") for request in web.requests)
 
 
 def test_planning_writes_nothing_but_the_hashes(job):

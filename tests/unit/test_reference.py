@@ -165,6 +165,38 @@ def test_another_file_is_refused_with_what_it_is(rotary_reference, damage, messa
         MotionReference.from_bytes(damage(rotary_reference.to_bytes()), "clip.safetensors")
 
 
+HEADER = {"grid": [3, 4, 4], "model_revision": "0", "loss": "ditflow", "blocks": [1], "fps": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({"grid": "abc"}, {}, "grid 'abc'"),
+        ({"grid": [10**6, 4, 4]}, {}, "grid .1000000, 4, 4."),
+        ({"blocks": 5}, {}, "blocks 5"),
+        ({"blocks": None}, {}, "blocks None"),
+        ({"loss": ["ditflow"]}, {}, "loss .'ditflow'."),
+        ({"fps": -1}, {}, "fps -1"),
+        ({"notes": [1]}, {}, "notes .1."),
+        ({}, {"block.2.displacement": (3, 3, 16, 2)}, "'block.2.displacement' .3, 3, 16, 2. of no block"),
+        ({}, {"block.one.displacement": (3, 3, 16, 2)}, "of no block"),
+        ({}, {"latents": (3, 4)}, "'latents' .3, 4. of no block"),
+        ({}, {}, "nothing of a block, expected displacement"),
+        ({}, {"block.1.displacement": (3, 3, 17, 2)}, "expected F F P 2 of a"),
+        ({}, {"block.1.displacement": (3, 3, 16, 2), "block.1.more": (1,)}, "for more a tensor .1., expected None"),
+        ({"loss": "smm"}, {"block.1.means": (100_000, 1)}, "for means a tensor .100000, 1., expected F D of a"),
+        ({"loss": "moft"}, {"block.1.channels": (2,), "block.1.features": (3, 16, 5)}, "expected F P k"),
+        ({"loss": "motionclone"}, {"block.1.frame": (2, 16, 3), "block.1.attention": (0, 16, 3)}, "expected H P F"),
+    ],
+)
+def test_shapes_that_are_not_those_of_the_header_are_refused(changes, tensors, message):
+    data = write_artifact(
+        "motion reference", 2, {**HEADER, **changes}, {name: torch.zeros(shape) for name, shape in tensors.items()}
+    )
+    with pytest.raises(ArtifactError, match=f"^clip.safetensors has .*{message}"):
+        MotionReference.from_bytes(data, "clip.safetensors")
+
+
 # ---------------------------------------------------------------------- fitting
 
 

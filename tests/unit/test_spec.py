@@ -543,8 +543,10 @@ def test_an_option_that_yaml_1_1_reads_otherwise_is_refused_where_no_type_says_w
     assert f":{1 + SPEC.count(chr(10))}: storage_options: " in said
     (said,) = mistakes(overrides=(f"storage_options.anon={value}",))
     assert "Put a text into quotes; write true or false" in said
-    options = load(text=f"{SPEC}storage_options: {{anon: false, region: 'no', retries: 10}}\n").job.storage_options
-    assert options == {"anon": False, "region": "no", "retries": 10}
+    options = load(
+        text=f"{SPEC}storage_options: {{anon: false, profile: 'no', max_concurrency: 10}}\n"
+    ).job.storage_options
+    assert options == {"anon": False, "profile": "no", "max_concurrency": 10}
 
 
 # ------------------------------------------------------------------------------------------------------- hostile
@@ -593,6 +595,22 @@ def test_a_yaml_tag_is_refused_and_nothing_runs(mistakes, tmp_path, tag):
     assert not (tmp_path / "ran").exists()
     assert len(said) == 1, said
     assert tag.split(":")[-1].strip("!") in said[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("storage_options:\n  filecache: {cache_storage: /home/me/.ssh, same_names: true}\n", 2,
+         "storage_options.filecache: there is no such option"),
+        ("storage_options:\n  client_kwargs: {verify: /etc/shadow}\n", 2,
+         "storage_options.client_kwargs.verify: '/etc/shadow' is not valid: expected true or false"),
+        ("banks: {uri: 'filecache::https://host/a'}\n", 1,
+         "banks.uri: cannot open 'filecache::https://host/a': the protocol 'filecache::https' is not opened"),
+    ],
+)  # fmt: skip
+def test_addresses_and_options_that_are_not_taken_are_refused_by_key_and_line(mistakes, text, line, said):
+    (found,) = mistakes(text=SPEC + text)
+    assert f":{line + SPEC.count(chr(10))}: {said}" in found
 
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"

@@ -17,8 +17,8 @@ from pipeline.lease import Holder, Lease
 from pipeline.manifest import Manifest
 from pipeline.pace import RECENT_S, busy_share, recent_since, rows_per_hour
 from pipeline.record import make_row
-from pipeline.status import RUN_KEY, Run, Watch, Whereabouts, whereabouts
-from pipeline.store import Store, StoreError
+from pipeline.status import RUN_KEY, Run, Watch, Whereabouts, longest_at_work, whereabouts
+from pipeline.store import Store, StoreDamagedError, StoreError
 
 STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 OUTPUT = {"output_uri": "file:///o/videos/a.mp4", "output_sha256": "0" * 64, "output_bytes": 1}
@@ -325,3 +325,25 @@ def test_as_json_a_watch_is_a_line_each_time(local_store, capsys):
 def test_a_watch_of_no_seconds_is_refused(local_store):
     with pytest.raises(ValueError, match="--watch: 0 is not valid"):
         show_status(local_store, Screen(file=io.StringIO()), False, 0)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"planned": "9", "started_at": 0}', b'{"started_at": 0}',
+     b'{"planned": 9, "started_at": NaN}', b'{"planned": 9, "started_at": 1e300}', b'{"planned": -1, "started_at": 0}',
+     b'{"planned": 9, "started_at": 0, "notes": 5}', b'{"planned": 9, "started_at": 0, "lease_s": null}'],
+    ids=range(12),
+)  # fmt: skip
+def test_a_damaged_word_of_the_run_is_named_by_its_file(local_store, damaged):
+    local_store.put(RUN_KEY, damaged)
+    with pytest.raises(StoreDamagedError, match=r"run\.json \([0-9]+ bytes\) is damaged .*: remove it: the next run"):
+        Watch(local_store).look()
+
+
+@pytest.mark.parametrize("change", [{"node": None}, {"pid": "x"}, {"started_at": "yesterday"}, {"stage": 5}], ids=str)
+def test_a_damaged_marker_is_named_by_its_file(local_store, change):
+    marker = {"row_id": "r", "stage": "read", "attempt": 1, "node": "n", "pid": 1, "started_at": STARTED.isoformat()}
+    local_store.put("attempts/r/001.json", json.dumps({**marker, **change}).encode())
+    for look in (Watch(local_store).look, lambda: longest_at_work(local_store, 0.0)):
+        with pytest.raises(StoreDamagedError, match=r"attempts/r/001\.json \([0-9]+ bytes\) is damaged"):
+            look()

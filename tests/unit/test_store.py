@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gzip
 import hashlib
 import os
 import pickle
@@ -17,12 +18,15 @@ import yaml
 from s3fs import S3FileSystem
 
 import pipeline.store as store_module
+from pipeline.protocols import options_for
 from pipeline.store import (
     Store,
     StoreCredentialsError,
     StoreError,
     StoreForbiddenError,
     StoreMissingError,
+    StoreOptionsError,
+    StoreOversizedError,
     StoreUnwritableError,
     absolute_uri,
     fingerprint,
@@ -389,12 +393,88 @@ def test_a_file_system_without_hard_links_is_named(local_store, monkeypatch):
 
 def test_outputs_are_written_to_local_folders_and_s3_only():
     with pytest.raises(StoreError, match="only a local folder and s3://"):
-        Store("memory://run").put("a", b"")
+        Store("https://host/run").put("a", b"")
 
 
-def test_an_unknown_protocol_is_an_error_that_names_the_uri():
-    with pytest.raises(StoreError, match=r"cannot open 'nonsense://a/b'"):
-        read_uri("nonsense://a/b")
+@pytest.mark.parametrize(
+    "uri",
+    ["nonsense://a/b", "memory://a", "filecache::{url}/authorized_keys", "simplecache::{url}/a", "reference://a",
+     "blockcache::file:///etc/passwd", "zip://a::{url}/a.zip", "dir::{url}/a", "ftp://host/a", "github://a:b@/c"],
+)  # fmt: skip
+def test_a_protocol_that_is_not_listed_is_refused_before_anything_is_fetched(uri, tmp_path, web):
+    options = {"filecache": {"cache_storage": str(tmp_path / ".ssh"), "same_names": True}}
+    web["authorized_keys"] = web["a"] = web["a.zip"] = b"an attacker's"
+    for act in (read_uri, list_uris, fingerprint, sha256_of, Store):
+        for given in ({}, options):
+            with pytest.raises(StoreError, match=r"cannot open .*only file://.*s3://"):
+                act(uri.format(url=web.url), storage_options=given)
+    assert list(tmp_path.iterdir()) == []
+    assert web.requests == []
+
+
+def nested(depth: int) -> dict:
+    options: dict = {}
+    for _ in range(depth):
+        options = {"client_kwargs": options}
+    return options
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"filecache": {"cache_storage": "/home/me/.ssh", "same_names": True}}, "filecache"),
+        ({"fo": {"templates": {"a": "{{ 9 ** 9 ** 9 }}"}}}, "fo"),
+        ({"default_cache_type": "mmap"}, "default_cache_type"),
+        ({"cache_options": {"location": "/home/me/.profile"}}, "cache_options"),
+        ({"client_kwargs": {"verify": "/etc/shadow"}}, "client_kwargs.verify"),
+        ({"config_kwargs": {"client_cert": "/home/me/key.pem"}}, "config_kwargs.client_cert"),
+        ({"config_kwargs": {"retries": {"total_max_attempts": "many"}}}, "config_kwargs.retries.total_max_attempts"),
+        ({"s3_additional_kwargs": {"ACL": "public-read"}}, "s3_additional_kwargs.ACL"),
+        ({"account_host": "evil.example.com"}, "account_host"),
+        ({"endpoint": "https://evil.example.com"}, "endpoint"),
+        ({"endpoint_url": "file:///etc"}, "endpoint_url"),
+        ({"anon": "yes"}, "anon"),
+        ({"client_kwargs": 5}, "client_kwargs"),
+        (nested(5000), "client_kwargs.client_kwargs"),
+    ],
+)
+def test_an_option_that_is_not_listed_is_refused_by_its_key(options, key, tmp_path):
+    for uri in ("s3://bucket/run", "https://host/a", str(tmp_path)):
+        with pytest.raises(StoreOptionsError, match="expected|no such option") as caught:
+            open_fs(uri, options)
+        assert caught.value.key == f"storage_options.{key}"
+        assert str(caught.value).startswith(f"storage_options.{key}: ")
+        with pytest.raises(StoreOptionsError):
+            Store(uri, options)
+
+
+def test_one_set_of_options_serves_several_protocols_and_each_takes_its_own(tmp_path):
+    given = {"endpoint_url": "http://127.0.0.1:9", "headers": {"Via": "me"}, "client_kwargs": {"trust_env": True},
+             "config_kwargs": {"retries": {"mode": "legacy"}}}  # fmt: skip
+    assert options_for("file", given) == {}
+    assert options_for("https", given) == {key: given[key] for key in ("headers", "client_kwargs")}
+    taken = options_for("s3", given)
+    assert taken == {
+        "endpoint_url": given["endpoint_url"],
+        "client_kwargs": {},
+        "config_kwargs": given["config_kwargs"],
+    }
+    taken["config_kwargs"]["retries"]["mode"] = "adaptive"
+    assert given["config_kwargs"]["retries"]["mode"] == "legacy"
+    assert options_for("gs", {"token": "anon"}) == {"token": "anon"}
+
+
+def test_what_an_address_says_of_its_server_counts_as_little_as_an_option(monkeypatch):
+    class Azure:
+        _get_kwargs_from_urls = staticmethod(lambda uri: {"account_name": "me", "account_host": "evil.example.com"})
+        _strip_protocol = staticmethod(str)
+
+        def __init__(self, **options):
+            self.options = options
+
+    monkeypatch.setattr(store_module.fsspec, "get_filesystem_class", lambda protocol: Azure)
+    fs, _ = open_fs("abfss://container@evil.example.com/a")
+    assert fs.options == {"account_name": "me", "use_listings_cache": False}
 
 
 # ------------------------------------------------------------------------------------------------- secrets
@@ -792,11 +872,13 @@ def test_a_folder_with_secrets_in_its_address_is_refused(uri):
 def test_temporary_files_of_writers_that_died_are_removed(local_store):
     local_store.put("videos/a.mp4", b"1")
     root = Path(local_store.uri.removeprefix("file://"))
-    (root / "videos/.tmp-123").write_bytes(b"half")
+    (root / f"videos/.tmp-{'1' * 32}").write_bytes(b"half")
     (root / "banks").mkdir()
-    (root / "banks/.tmp-456").write_bytes(b"")
+    (root / f"banks/.tmp-{'2' * 32}").write_bytes(b"")
+    (root / "videos/.tmp-of-mine").write_bytes(b"")
+    assert local_store.unfinished() == [f"banks/.tmp-{'2' * 32}", f"videos/.tmp-{'1' * 32}"]
     assert local_store.remove_unfinished() == 2
-    assert [path.name for path in root.rglob("*")] == ["videos", "a.mp4"]
+    assert sorted(path.name for path in root.rglob("*")) == [".tmp-of-mine", "a.mp4", "videos"]
     assert local_store.remove_unfinished() == 0
 
 
@@ -906,3 +988,121 @@ def test_writing_where_it_is_not_allowed_says_that_nothing_can_be_written(local_
         assert isinstance(store_module._store_error("write", "/x", OSError(number, "full")), StoreUnwritableError)
     assert isinstance(store_module._store_error("create", "/x", PermissionError("no")), StoreUnwritableError)
     assert not isinstance(store_module._store_error("read", "/x", PermissionError("no")), StoreUnwritableError)
+
+
+# ------------------------------------------------------------------------------------------- answers without an end
+
+
+def endless(answer, piece=b"<a href='x.mp4'>" * 4096):
+    """Send for as long as anybody takes it."""
+    answer.send_header("Content-Type", "text/html")
+    answer.end_headers()
+    while answer.command == "GET":
+        answer.wfile.write(piece)
+
+
+def bomb(answer):
+    """Send 64 MB in 64 KB, packed though nobody asked for that."""
+    answer.send_header("Content-Encoding", "gzip")
+    answer.end_headers()
+    if answer.command == "GET":
+        answer.wfile.write(gzip.compress(bytes(64_000_000)))
+
+
+def hopping(answer):
+    """Redirect to the same address, again and again."""
+    answer._headers_buffer = [b"HTTP/1.1 302 Found\r\n"]
+    answer.send_header("Location", answer.path)
+    answer.send_header("Content-Length", "0")
+    answer.end_headers()
+
+
+@pytest.fixture
+def stalling(web):
+    """Files that come byte by byte, that end in silence, and that never begin."""
+
+    def slow(answer, beginning: bytes, rest: bytes):
+        answer.end_headers()
+        answer.wfile.write(beginning)
+        answer.wfile.flush()
+        while answer.command == "GET" and not web.ending.wait(0.02):
+            answer.wfile.write(rest)
+
+    web["trickle"] = lambda answer: slow(answer, b"1", b"2")
+    web["silence"] = lambda answer: slow(answer, b"1", b"")
+    web["nothing"] = lambda answer: web.ending.wait(60)
+    return web
+
+
+@pytest.mark.parametrize("answer", [endless, bomb])
+@pytest.mark.parametrize("read", [read_uri, sha256_of])
+def test_an_answer_is_ended_at_the_limit_whatever_its_server_says(web, answer, read):
+    web["a"] = answer
+    with pytest.raises(StoreOversizedError, match=r"has more than the 1000000 bytes that are accepted") as caught:
+        read(f"{web.url}/a", most=1_000_000)
+    assert not caught.value.transient
+
+
+@pytest.mark.parametrize("name", ["trickle", "silence"])
+def test_an_answer_that_comes_too_slowly_is_given_up(stalling, monkeypatch, name):
+    monkeypatch.setattr(store_module, "GRACE_S", 0.5)
+    for read in (read_uri, sha256_of):
+        with pytest.raises(
+            StoreError, match=r"came too slowly: [0-9]+ bytes in [0-9]+ seconds, expected 16384"
+        ) as caught:
+            read(f"{stalling.url}/{name}")
+        assert not caught.value.transient
+
+
+def test_a_server_that_never_answers_is_given_up_for_now(stalling, monkeypatch):
+    monkeypatch.setattr(store_module, "FIRST_BYTE_S", 0.5)
+    with pytest.raises(StoreError, match="cannot read") as caught:
+        read_uri(f"{stalling.url}/nothing")
+    assert caught.value.transient
+
+
+def test_a_server_that_sends_elsewhere_without_end_is_given_up(web):
+    web["a"] = hopping
+    with pytest.raises(StoreError, match="TooManyRedirects"):
+        read_uri(f"{web.url}/a")
+    assert len(web.requests) < 20
+
+
+def test_a_list_of_files_without_end_is_given_up(web, monkeypatch):
+    monkeypatch.setattr(store_module, "MOST_LISTING_BYTES", 1_000_000)
+    web["files/"] = web["files"] = endless
+    with pytest.raises(StoreError, match="more than 1000000 bytes"):
+        list_uris(f"{web.url}/files/*.mp4")
+
+
+def test_the_beginning_of_an_answer_is_all_that_is_taken_of_it(web):
+    web["a"] = endless
+    assert Store(web.url).read_start("a", 10) == b"<a href='x"
+
+
+def test_a_web_file_is_read_with_the_headers_of_the_options_and_in_any_length(web):
+    seen = []
+
+    def content(answer):
+        seen.append((answer.headers["Accept-Encoding"], answer.headers["X-Who"]))
+        answer.send_header("Content-Length", "3000000")
+        answer.end_headers()
+        answer.wfile.write(bytes(3_000_000))
+
+    web["a"] = content
+    options = {"headers": {"X-Who": "me"}}
+    assert read_uri(f"{web.url}/a", options) == bytes(3_000_000)
+    assert sha256_of(f"{web.url}/a", options) == hashlib.sha256(bytes(3_000_000)).hexdigest()
+    assert seen == [("identity", "me")] * 2
+    with pytest.raises(StoreMissingError):
+        read_uri(f"{web.url}/b")
+
+
+def test_an_object_on_s3_is_no_longer_than_accepted(s3, s3_store):
+    s3_store.put("a", bytes(3_000_000))
+    for read in (read_uri, sha256_of):
+        with pytest.raises(StoreOversizedError):
+            read(s3_store.uri_of("a"), most=2_000_000)
+        s3.requests.clear()
+        read(s3_store.uri_of("a"), most=3_000_000)
+        assert len(s3.requests) == 1

@@ -366,6 +366,34 @@ def test_a_playlist_is_not_followed(tmp_path):
         read(tmp_path / "a.m3u8", frames=1)
 
 
+SCRIPTS = {
+    "HLS of files": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{file}\n#EXT-X-ENDLIST\n",
+    "HLS of URLs": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n",
+    "HLS with a key": '#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="{url}"\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n',
+    "HLS of parts": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nconcat:{file}|subfile,,start,0,end,9,,:{file}\n",
+    "concat": "ffconcat version 1.0\nfile '{file}'\nfile '{url}'\n",
+    "DASH": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet '
+            'mimeType="video/mp2t"><Representation id="1" bandwidth="1"><BaseURL>{url}</BaseURL></Representation>'
+            "</AdaptationSet></Period></MPD>",
+    "SVG": '<svg xmlns:xlink="http://www.w3.org/1999/xlink" width="9" height="9"><image xlink:href="{url}"/></svg>',
+    "RTSP": "[Reference]\nRef1={url}?MSWMExt=.asf\n",
+    "an address": "{url}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_script_that_names_other_files_makes_libav_open_none(tmp_path, web, script):
+    target = save(tmp_path / "secret.ts", counting(3))
+    web["secret.ts"] = Path(target).read_bytes()
+    text = script.format(file=target, url=f"{web.url}/secret.ts")
+    for name in ("a.m3u8", "a.ffconcat", "a.mpd", "a.svg", "a.asf", "a.mp4"):
+        (tmp_path / name).write_text(text)
+        for source in (tmp_path / name, text.encode()):
+            with pytest.raises(UndecodableVideoError):
+                read(source, frames=1)
+    assert web.requests == []
+
+
 def test_an_address_is_taken_for_a_local_path():
     with pytest.raises(FileNotFoundError):
         read("http://localhost/a.mp4")
