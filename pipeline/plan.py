@@ -39,12 +39,14 @@ _HASH_THREADS = 16
 class Input:
     """A reference video or bank. sha256 is None if it could not be read: its rows will fail, and say why.
 
-    uri is what is written down. address is where it is read, with a URL's signature; it never leaves memory.
+    uri is what is written down. address is where it is read, with a URL's signature; it never leaves memory. number:
+    its place among the job's addresses that are written down alike.
     """
 
     uri: str
     sha256: str | None
     address: str = field(default="", repr=False)
+    number: int = 1
 
     @classmethod
     def at(cls, address: str, sha256: str | None) -> Input:
@@ -65,7 +67,7 @@ class Input:
     @property
     def identity(self) -> str:
         """Its content if known, else its address."""
-        return self.sha256 or self.uri
+        return self.sha256 or (self.uri if self.number == 1 else f"{self.uri}#{self.number}")
 
 
 @dataclass(frozen=True)
@@ -336,12 +338,15 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     except StoreMissingError:
         known = {}
 
+    sources = list(_numbered(uris))
+    alike = {source.uri for source in sources if source.number > 1}
+    known = {uri: memory for uri, memory in known.items() if uri not in alike}  # it would be that of any of them
+
     def content_hash(uri: str) -> str:
         return patiently(lambda: sha256_of(uri, job.storage_options), job.faults.storage_patience_s)
 
-    def hashed(address: str) -> tuple[Input, list[str] | StoreError]:
-        source = Input.at(address, None)
-        remembered = known.get(source.uri, [None, None])
+    def hashed(source: Input) -> tuple[Input, list[str] | StoreError]:
+        address, remembered = source.source, known.get(source.uri, [None, None])
         try:
             mark = patiently(lambda: fingerprint(address, job.storage_options), job.faults.storage_patience_s)
             sha256 = remembered[1] if remembered[0] == mark else content_hash(address)
@@ -358,7 +363,16 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
     away = [outcome for _, outcome in results if isinstance(outcome, StoreError) and outcome.transient]
     if away and len(away) == len(results):
         raise away[0]
-    found = {source.uri: memory for source, memory in results if isinstance(memory, list)}
+    found = {source.uri: memory for source, memory in results if isinstance(memory, list) and source.uri not in alike}
     if not found.items() <= known.items():
         store.put(_HASHES_KEY, json.dumps(known | found, indent=0).encode())
     return [source for source, _ in results]
+
+
+def _numbered(addresses: Iterable[str]) -> Iterator[Input]:
+    """Return the input at each address, numbered among those that differ only in what is not written down."""
+    seen = Counter[str]()
+    for address in addresses:
+        source = Input.at(address, None)
+        seen[source.uri] += 1
+        yield replace(source, number=seen[source.uri])
