@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.streams import outlived, prepare
+from jobs.streams import ending_with_output, is_of_output, outlived, prepare, set_aside_no_width
+from jobs.waiting import tell_of_waits
 
 if TYPE_CHECKING:
     from jobs.spec import ReadySpec
@@ -69,7 +70,9 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _terminate)
     prepare()
     _end_in_time()
-    app()
+    tell_of_waits(screen.print)
+    with ending_with_output():
+        app()
 
 
 _SECONDS_TO_STOP = 8.0

@@ -11,6 +11,7 @@ from jobs.table import printable
 from pipeline.job import Job, Output
 from pipeline.report import Report, write_report
 from pipeline.store import Store, StoreMissingError
+from pipeline.waits import waiting
 
 SPEC_KEY = "job.yaml"
 
@@ -18,8 +19,15 @@ SPEC_KEY = "job.yaml"
 def write_gallery(store: Store, references: bool, screen: Console) -> Report:
     """Write or update the gallery of the job in a store; reference videos are read with that job's own limits."""
     job = replace(_saved_job(store, screen), output=Output(store.uri), storage_options=store.storage_options)
-    with screen.status("reading the manifest") as status:
-        report = write_report(job, references, lambda step: status.update(step))
+    step = "reading the manifest"
+    with screen.status(step) as status, waiting(lambda: f"the report: {step}"):
+
+        def on_step(told: str) -> None:
+            nonlocal step
+            step = told
+            status.update(told)
+
+        report = write_report(job, references, on_step)
     for note in sorted(set(report.without_reference.values())):
         screen.print(printable(note))
     screen.print(f"{report.uri}: {report.rows} rows, {report.written} files written, {report.kept} kept")

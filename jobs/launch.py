@@ -18,6 +18,8 @@ from rich.console import Console
 from jobs.kuberay import Manifest, Manifests, SubmissionError, Wish, as_yaml, render
 from jobs.profile import SAMPLE_REGISTRY, Profile, load_profile
 from jobs.shipping import LaunchError, pack
+from pipeline.store import redact
+from pipeline.waits import waiting
 
 _INTERRUPTED = 130
 
@@ -128,9 +130,10 @@ def _kubectl(arguments: list[str], manifests: list[Manifest], profile: Profile) 
             "there is no kubectl on the PATH: install it, or print the manifests (--dry-run) and apply them elsewhere"
         )
     context = ["--context", profile.context] if profile.context else []
-    done = subprocess.run(
-        [kubectl, *context, *arguments], input=as_yaml(manifests), capture_output=True, text=True, check=False
-    )
+    with waiting(lambda: f"kubectl {' '.join([*context, *arguments])} to end"):
+        done = subprocess.run(
+            [kubectl, *context, *arguments], input=as_yaml(manifests), capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise LaunchError(
             f"kubectl {' '.join([*context, *arguments])} failed with exit status {done.returncode}: "

@@ -21,6 +21,7 @@ from pipeline.cluster import unplaced_actors
 from pipeline.pace import RECENT_ROWS, RECENT_S, busy_share, recent_since, rows_per_hour
 from pipeline.status import Whereabouts, longest_at_work, whereabouts
 from pipeline.store import Store, StoreError
+from pipeline.waits import long_waits
 
 LOOK_EVERY_S, LINE_EVERY_S = 10.0, 60.0
 """How often the output is looked at for where the work is, and a line printed where there is no terminal."""
@@ -28,7 +29,7 @@ STILL_S = 60.0
 """After so long without a row that ends or work that begins, it is said what the job waits for."""
 
 
-_NOTHING_KNOWN = "Ray to start the next task: every process is up, and none is at work"
+_NOTHING_KNOWN = "a process to load its model, or Ray to start the next task: every process is up, and none has begun"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class RowProgress:
             if before is None or (before, before.begun) != (self._where, self._where.begun):
                 self._moved = self._clock()
             if self._clock() - max(self._moved, self._newest) >= STILL_S:
-                waits_for = [*unplaced_actors(), *longest_at_work(self._store, time.time())] or [_NOTHING_KNOWN]
+                waits_for = [*unplaced_actors(), *longest_at_work(self._store, time.time())]
+                # What the driver itself waits for is said by `jobs.waiting`.
+                waits_for = waits_for or ([] if long_waits(STILL_S) else [_NOTHING_KNOWN])
         except StoreError as error:  # it is only for show
             waits_for = [f"the output's storage: {error}"]
         with self._lock:

@@ -30,6 +30,7 @@ from pipeline.store import (
     sha256_of,
 )
 from pipeline.tables import PlanError, read_pairs, read_prompts
+from pipeline.waits import counted
 
 _HASHES_KEY = "inputs.json"
 _HASH_THREADS = 16
@@ -359,7 +360,7 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
         return replace(source, sha256=sha256), [mark, sha256]
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        results = list(pool.map(hashed, uris))
+        results = list(counted(pool.map(hashed, sources), "the inputs to be hashed", len(sources)))
     away = [outcome for _, outcome in results if isinstance(outcome, StoreError) and outcome.transient]
     if away and len(away) == len(results):
         raise away[0]

@@ -33,6 +33,8 @@ import fsspec
 import tenacity
 from fsspec.core import split_protocol, url_to_fs
 
+from pipeline.waits import waiting
+
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 TEMPORARY_PREFIX = ".tmp-"  # hidden, so that readers of a whole folder (pyarrow, DuckDB) pass over it
@@ -190,7 +192,8 @@ def _class_names(error: BaseException) -> set[str]:
 def _translating(action: str, uri: str) -> Iterator[None]:
     """Turn whatever a file system raises inside the block into a StoreError that names action and URI."""
     try:
-        yield
+        with waiting(lambda: f"the storage to {action} {_shown(uri)}"):
+            yield
     except StoreError:
         raise
     except Exception as error:
@@ -381,14 +384,22 @@ def patiently(
     """
     if not patience_s:
         return operation()
+    reasons: list[str] = []
+
+    def note(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        reasons[:] = [redact(f"storage that is tried again: {state.outcome.exception()}")]
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(patience_s),
         wait=tenacity.wait_random_exponential(multiplier=1, max=LONGEST_PAUSE_S),
         retry=tenacity.retry_if_exception(is_transient),
+        before_sleep=note,
         sleep=sleep,
         reraise=True,
     )
-    return retrying(operation)
+    with waiting(lambda: "".join(reasons)):
+        return retrying(operation)
 
 
 def _patient(
