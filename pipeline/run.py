@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,6 +37,7 @@ ROWS_REMEMBERED = 500
 """After so many rows their statuses are kept: what a resumed run has to read one by one are at most so many."""
 _MANY_ROWS, _MANY_FILES = 100_000, 10_000
 _LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -102,7 +104,18 @@ def connect() -> None:
     with stderr_silenced(), _own_signals():
         # "local": never the cluster of somebody else that happens to run on this machine.
         local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES, "_temp_dir": folder}
-        ray.init("local", **local, **quiet)
+        if not _SHARED_MEMORY.is_dir():
+            local["_plasma_directory"] = folder
+        try:
+            ray.init("local", **local, **quiet)
+        except Exception as error:  # Ray has no class for a start that took too long
+            ray.shutdown()
+            reason = " ".join(str(error).split())
+            raise ClusterError(
+                f"Ray could not be started on this machine: {reason}. Its logs are in {folder}/session_latest/logs. "
+                "See that there are free memory and room on that disk, and that the machine is not too busy, then run "
+                "the job again."
+            ) from error
 
 
 @contextmanager
