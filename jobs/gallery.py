@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jobs.spec import SpecError, read_saved
 from jobs.table import printable
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.job import Job, Output
 from pipeline.report import Report, write_report
 from pipeline.store import Store, StoreMissingError
@@ -18,6 +19,7 @@ SPEC_KEY = "job.yaml"
 
 def write_gallery(store: Store, references: bool, screen: Console) -> Report:
     """Write or update the gallery of the job in a store; reference videos are read with that job's own limits."""
+    limit_threads(usable_cpus())
     job = replace(_saved_job(store, screen), output=Output(store.uri), storage_options=store.storage_options)
     step = "reading the manifest"
     with screen.status(step) as status, waiting(lambda: f"the report: {step}"):

@@ -18,7 +18,7 @@ import ray
 from pipeline import telemetry
 from pipeline.catalogue import Catalogue
 from pipeline.cluster import ClusterError, Need, check_address, pools_with_room, session_folder, stderr_silenced
-from pipeline.cpus import usable_cpus
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, evaluation_needs, finished_rows, needs
 from pipeline.job import Job
@@ -85,6 +85,7 @@ def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
     if ray.is_initialized():
         return
+    limit_threads(usable_cpus())
     check_address()
     # Rows report their own errors; what Ray says of its progress is not for the person who waits.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
