@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from jobs.streams import ending_with_output, is_of_output, outlived, prepare, se
 from jobs.waiting import tell_of_waits
 
 if TYPE_CHECKING:
+    from ditflow.backbones.base import TextLimit
     from jobs.spec import ReadySpec
     from pipeline.job import Job
     from pipeline.lease import Holder
@@ -397,24 +398,27 @@ def _evaluate_job(job: Job, as_json: bool) -> bool:
 
 def _to_measure(job: Job) -> list[Task]:
     """Return, and say, what of a finished job is not measured yet."""
+    from ditflow.metrics.clip_similarity import PromptSimilarity, read_text_limit
     from pipeline.measurements import Measurements
 
     tasks = Measurements(job.store()).todo(job.metrics)
     screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
+    prompts = {task.row["prompt"] for task in tasks if PromptSimilarity.name in task.metrics and task.row["prompt"]}
+    if prompts and job.metrics.clip is not None:
+        with suppress(OSError, ValueError):  # what is wrong with the folder, its first row tells
+            _warn_of_cut(read_text_limit(job.metrics.clip), prompts, "prompts", "CLIP", "")
     return tasks
 
 
 def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
     """Say what is planned; return how many prompts are too long for the model, None if that is not known."""
     from ditflow import backbones
-    from jobs.table import printable
     from pipeline.cache import local_model
 
     counts = ", ".join(f"{count} {status}" for status, count in planned.counts.items())
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
     screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
-    prompts = planned.prompts
     try:
         limit = backbones.read_text_limit(local_model(spec.job))
     except (OSError, ValueError) as error:  # what else such a folder lacks, the first row tells
@@ -422,12 +426,22 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
             f"warning: the lengths of the prompts were not checked, the model's tokenizer cannot be read: {error}"
         )
         return None
-    cut = limit.cut(prompts)
+    for key, texts in planned.other_texts(spec.job).items():
+        _warn_of_cut(limit, texts, f"texts of {key}", "the model", "")
+    marked = " The manifest marks their rows (prompt_cut)."
+    return _warn_of_cut(limit, planned.prompts, "prompts", "the model", marked)
+
+
+def _warn_of_cut(limit: TextLimit, texts: Collection[str], what: str, reader: str, more: str) -> int:
+    """Warn of texts that are longer than a text encoder reads; return how many are."""
+    from jobs.table import printable
+
+    cut = limit.cut(texts)
     if cut:
         first, tokens = next(iter(cut.items()))
         screen.print(
-            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit.tokens} tokens that the model "
-            "reads; what comes after these changes nothing. The manifest marks their rows (prompt_cut). "
+            f"warning: {len(cut)} of {len(texts)} {what} are longer than the {limit.tokens} tokens that {reader} "
+            f"reads; what comes after these changes nothing.{more} "
             f"The first, of {tokens} tokens: {printable(f'{first:.100}')}"
         )
     return len(cut)

@@ -7,7 +7,7 @@ reference changes only the ids it touches.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -143,6 +143,19 @@ class Plan:
     def prompts(self) -> set[str]:
         """The prompts of the rows to do."""
         return {row.prompt for row in self.todo if row.prompt is not None}
+
+    def other_texts(self, job: Job) -> dict[str, set[str]]:
+        """Return what the text encoder reads beside the prompts of the rows to do, by the keys of the spec."""
+        texts: dict[str, set[str]] = defaultdict(set)
+        for variant, own in {(row.variant, row.own) for row in self.todo}:
+            method = job.variants[variant].with_own(own).method
+            if method.zero_shot and job.kind == "synthesize":
+                texts["learn_with"].add(method.learn_with)
+            if method.learns_positions and (method.zero_shot or job.kind == "build-bank"):
+                texts["more_prompts"].update(method.more_prompts)
+        if self.todo and job.kind != "extract" and job.sampling.guidance_scale != 1:
+            texts["sampling.negative_prompt"].add(job.sampling.negative_prompt)
+        return texts
 
     @property
     def counts(self) -> dict[str, int]:
