@@ -73,12 +73,50 @@ def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
         try:
             yield
         except (KeyboardInterrupt, JobStoppedError) as stop:
-            event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
-            ray.shutdown()
-            lease.check()
-            with suppress(StoreError):  # it may be what stopped the job
-                Ledger(store).forgive()
+            with _undisturbed():
+                event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
+                begun = ray.is_initialized()  # else the tries are those of earlier runs
+                if begun:
+                    _end_workers(_HURRY_S if isinstance(stop, KeyboardInterrupt) else _NO_HURRY_S)
+                lease.check()
+                if begun:
+                    with suppress(StoreError):  # it may be what stopped the job
+                        Ledger(store).forgive()
             raise
+
+
+_HURRY_S, _NO_HURRY_S = 5.0, 60.0
+"""How long Ray's end is waited for; who sends a signal may kill this process soon."""
+
+
+def _end_workers(within_s: float) -> None:
+    """End Ray and its processes, but wait only so long: a signal to the whole group may have ended Ray's own before."""
+    ending = threading.Thread(target=ray.shutdown, name="end of Ray", daemon=True)
+    ending.start()
+    ending.join(within_s)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal interrupt a `with` block: the second of two Ctrl-C would keep rows from getting their tries back.
+
+    The signals are taken, not ignored: who ends the process after a while has to hear of them.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers if _is_heeded(number)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _is_heeded(number: int) -> bool:
+    """Whether a signal has a handler of Python's, which could be put back."""
+    return callable(signal.getsignal(number))
 
 
 def connect() -> None:
