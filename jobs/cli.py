@@ -48,6 +48,7 @@ app.add_typer(manifest_app, name="manifest")
 app.add_typer(bank_app, name="bank")
 app.add_typer(mini_app, name="mini")
 
+set_aside_no_width()
 screen = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print machine-readable lines on stdout.")]
@@ -123,12 +124,20 @@ def expected_errors() -> Iterator[None]:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from stop
     except files as error:
-        _fail(f"{error.filename}: {error.strerror}", WRONG_REQUEST)
+        _fail(_told_of_file(error), WRONG_REQUEST)
     except Exception as error:
         status = _status_of(error)
         if status is None:
             raise
         _fail(str(error), status)
+
+
+def _told_of_file(error: OSError) -> str:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder is gone: it was removed or replaced. Change to one that is there (cd)"
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
 def _status_of(error: Exception) -> int | None:
@@ -803,7 +812,8 @@ def mini_clips(
     """Render clips of the synthetic world, with known motion, as reference videos. Existing files are kept."""
     from jobs.clips import render_clips
 
-    render_clips(folder, count, seed, sprites)
+    with outlived(), expected_errors():
+        render_clips(folder, count, seed, sprites)
 
 
 @mini_app.command("pairs")
@@ -815,4 +825,5 @@ def mini_pairs(
     """Render clips of one sprite, and a table that pairs each with a prompt: what the comparison jobs run on."""
     from jobs.clips import render_pairs
 
-    render_pairs(folder, count, seed)
+    with outlived(), expected_errors():
+        render_pairs(folder, count, seed)

@@ -70,13 +70,14 @@ class RowProgress:
         self._where: Whereabouts | None = None
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._shows_bar = screen.is_terminal and not screen.is_dumb_terminal
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rows {task.fields[facts]}", markup=False),
             console=screen,
-            disable=rows == 0 or not screen.is_terminal,
+            disable=rows == 0 or not self._shows_bar,
             # Rows as JSON go to a file or a program, not to the bar's terminal.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
@@ -142,7 +143,7 @@ class RowProgress:
     # ------------------------------------------------------------------------------------------ what is said
 
     def _say(self, last: bool = False) -> None:
-        if self._screen.is_terminal:
+        if self._shows_bar:
             self._bar.update(self._task, completed=self._done, facts=self._facts(separator="\n"))
         elif last or self._clock() - self._said >= LINE_EVERY_S:
             self._said = self._clock()

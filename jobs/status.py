@@ -52,7 +52,7 @@ def _show(status: Status, store: Store, screen: Console, as_json: bool, clear: b
     if as_json:
         print(json.dumps(status.to_dict()), flush=True)
         return
-    if clear and screen.is_terminal:
+    if clear and screen.is_terminal and not screen.is_dumb_terminal:
         screen.clear()
     elif clear:
         screen.print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
