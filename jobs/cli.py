@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -126,9 +128,14 @@ def expected_errors() -> Iterator[None]:
     except files as error:
         _fail(_told_of_file(error), WRONG_REQUEST)
     except Exception as error:
-        status = _status_of(error)
-        if status is None:
+        if isinstance(error, typer.Exit) or is_of_output(error):
             raise
+        status = _status_of(error)
+        if status is None:  # a mistake of ours or of a library, which may quote what it was given
+            from pipeline.store import redact
+
+            sys.stderr.write(redact(traceback.format_exc()))
+            raise typer.Exit(OTHER_ERROR) from None
         _fail(str(error), status)
 
 

@@ -80,7 +80,7 @@ def _to_ray(request: Request, screen: Console) -> int:
     if job_id is None:
         assert request.job is not None
         job_id = jobapi.submit(client, request.job, request.overrides)
-    again = f"ditflow submit --follow {job_id} --address {request.address}"
+    again = redact(f"ditflow submit --follow {job_id} --address {request.address}")
     if not request.wait:
         print(job_id)
         screen.print(f"follow it: {again}")
