@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
+from jobs.streams import is_lost
 from jobs.table import printable
 from pipeline.status import Attempt, Failure, Runner, Status, Watch
 from pipeline.store import Store, StoreError
@@ -21,6 +22,8 @@ def show_status(
 ) -> None:
     """Print how the job in a store goes; with `every_s`, again after so many seconds until it is at rest or Ctrl-C.
 
+    Also until nobody reads it any more.
+
     Raises ValueError for `every_s` of 0 or less. StoreError comes from the storage at the first time; later on it is
     said, and looked again.
     """
@@ -31,7 +34,7 @@ def show_status(
     while True:
         if status is not None:
             _show(status, store, screen, as_json, clear=every_s is not None)
-        if every_s is None or (status is not None and status.at_rest):
+        if every_s is None or (status is not None and status.at_rest) or is_lost(screen.file):
             return
         try:
             sleep(every_s)

@@ -97,11 +97,17 @@ def _outliving(stream: TextIO) -> TextIO:
     )
 
 
+def is_lost(stream: Any) -> bool:
+    """Return whether an outliving stream has gone on without what it was written to."""
+    return getattr(getattr(getattr(stream, "buffer", None), "raw", None), "lost", False)
+
+
 class _Outliving(io.FileIO):
     """Writes to a file descriptor and, from the first error on, to nothing."""
 
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)
+        self.lost = False
 
     def write(self, data: Any, /) -> int:
         """Write a part of the data, and return how much."""
@@ -109,6 +115,7 @@ class _Outliving(io.FileIO):
             while (written := super().write(data)) is None:  # somebody made it non-blocking, and it is full
                 select.select([], [self], [])
         except OSError as error:
+            self.lost = True
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), self.fileno())
             if self.fileno() == 1:

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from jobs.status import lines, show_status
+from jobs.streams import _outliving
 from pipeline.faults import Ledger
 from pipeline.lease import Holder, Lease
 from pipeline.manifest import Manifest
@@ -325,3 +326,12 @@ def test_as_json_a_watch_is_a_line_each_time(local_store, capsys):
 def test_a_watch_of_no_seconds_is_refused(local_store):
     with pytest.raises(ValueError, match="--watch: 0 is not valid"):
         show_status(local_store, Console(file=io.StringIO()), False, 0)
+
+
+def test_a_watch_ends_when_nobody_reads_it_any_more(local_store):
+    begin(local_store)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Lease(local_store), os.fdopen(writing, "w") as pipe:
+        screen = Console(file=_outliving(pipe), width=200)
+        show_status(local_store, screen, as_json=False, every_s=1.0, sleep=lambda _: pytest.fail("it goes on"))
