@@ -132,7 +132,12 @@ def _kubectl(arguments: list[str], manifests: list[Manifest], profile: Profile) 
     context = ["--context", profile.context] if profile.context else []
     with waiting(lambda: f"kubectl {' '.join([*context, *arguments])} to end"):
         done = subprocess.run(
-            [kubectl, *context, *arguments], input=as_yaml(manifests), capture_output=True, text=True, check=False
+            [kubectl, *context, *arguments],
+            input=as_yaml(manifests),
+            capture_output=True,
+            encoding="utf-8",  # as YAML is, whatever the terminal is
+            errors="replace",
+            check=False,
         )
     if done.returncode:
         raise LaunchError(
