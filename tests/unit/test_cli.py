@@ -28,6 +28,7 @@ from ditflow.reference import MotionReference
 from ditflow.video import probe_video, read_video, write_video
 from jobs import cli
 from jobs.cli import app
+from jobs.doctor import examine
 from pipeline.lease import Lease, LeaseHeldError
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
@@ -984,3 +985,9 @@ def test_an_error_that_names_no_file_is_told_in_its_own_words(capsys):
     with pytest.raises(typer.Exit), cli.expected_errors():
         raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
     assert "error: No usable temporary directory found" in capsys.readouterr().err
+
+
+def test_doctor_shows_no_credentials_of_an_output():
+    findings = [*examine("mini", "s3://AKIAABCDEFGHIJKLMNOP:s3cr3t@bucket/run")]
+    assert not findings[-1]["ok"]
+    assert "s3cr3t" not in str(findings)
