@@ -12,7 +12,7 @@ def cache_folder() -> Path:
     """Return the cache folder: DITFLOW_CACHE, else ditflow under XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("DITFLOW_CACHE"):
         return Path(os.path.expanduser(own))
-    if shared := os.environ.get("XDG_CACHE_HOME"):
+    if (shared := os.environ.get("XDG_CACHE_HOME")) and os.path.isabs(shared):  # others are invalid, by its standard
         return Path(shared) / "ditflow"
     try:
         return Path.home() / ".cache" / "ditflow"

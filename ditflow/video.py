@@ -44,6 +44,8 @@ x264 165, now and then on the same one; this takes the exact division."""
 _SCALER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 """swscale's careful way between YUV and RGB. Its default repeats chroma samples, which costs 15 dB in smooth colours,
 and may round otherwise on another processor."""
+decoder_threads = 0
+"""Threads of each decoder; 0: FFmpeg's choice, one for each CPU on which the process may run."""
 _BT709 = 1
 _UNSPECIFIED = 2
 _LIMITED_RANGE = 1
@@ -241,6 +243,7 @@ class _Video:
         self._max_pixels = max_pixels
         self._stream = _video_stream(name, container)
         self._check_size(self._stream.codec_context)
+        self._stream.codec_context.thread_count = decoder_threads
         self._stream.codec_context.options = {"err_detect": _STRICT, "max_pixels": str(max_pixels)}
         self._reformatter = VideoReformatter()
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.streams import outlived, prepare
+from jobs.streams import ending_with_output, is_of_output, outlived, prepare, set_aside_no_width
 from jobs.table import Screen, stdout_screen
+from jobs.waiting import tell_of_waits
 
 if TYPE_CHECKING:
+    from ditflow.backbones.base import TextLimit
     from jobs.spec import ReadySpec
     from pipeline.job import Job
     from pipeline.lease import Holder
@@ -46,6 +50,7 @@ app.add_typer(manifest_app, name="manifest")
 app.add_typer(bank_app, name="bank")
 app.add_typer(mini_app, name="mini")
 
+set_aside_no_width()
 screen = Screen(stderr=True, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print machine-readable lines on stdout.")]
@@ -69,7 +74,9 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _terminate)
     prepare()
     _end_in_time()
-    app()
+    tell_of_waits(screen.print)
+    with ending_with_output():
+        app()
 
 
 _SECONDS_TO_STOP = 8.0
@@ -119,12 +126,25 @@ def expected_errors() -> Iterator[None]:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from stop
     except files as error:
-        _fail(f"{error.filename}: {error.strerror}", WRONG_REQUEST)
+        _fail(_told_of_file(error), WRONG_REQUEST)
     except Exception as error:
-        status = _status_of(error)
-        if status is None:
+        if isinstance(error, typer.Exit) or is_of_output(error):
             raise
+        status = _status_of(error)
+        if status is None:  # a mistake of ours or of a library, which may quote what it was given
+            from pipeline.store import redact
+
+            sys.stderr.write(redact(traceback.format_exc()))
+            raise typer.Exit(OTHER_ERROR) from None
         _fail(str(error), status)
+
+
+def _told_of_file(error: OSError) -> str:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder is gone: it was removed or replaced. Change to one that is there (cd)"
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
 def _status_of(error: Exception) -> int | None:
@@ -394,10 +414,15 @@ def _evaluate_job(job: Job, as_json: bool) -> bool:
 
 def _to_measure(job: Job) -> list[Task]:
     """Return, and say, what of a finished job is not measured yet."""
+    from ditflow.metrics.clip_similarity import PromptSimilarity, read_text_limit
     from pipeline.measurements import Measurements
 
     tasks = Measurements(job.store()).todo(job.metrics)
     screen.print(f"{job.name}: {len(tasks)} rows of {job.output.uri} to measure: {', '.join(job.metrics.names)}")
+    prompts = {task.row["prompt"] for task in tasks if PromptSimilarity.name in task.metrics and task.row["prompt"]}
+    if prompts and job.metrics.clip is not None:
+        with suppress(OSError, ValueError):  # what is wrong with the folder, its first row tells
+            _warn_of_cut(read_text_limit(job.metrics.clip), prompts, "prompts", "CLIP", "")
     return tasks
 
 
@@ -410,7 +435,6 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
     extra = f" ({planned.duplicates} duplicates of other rows are made once)" if planned.duplicates else ""
     screen.print(f"{spec.job.name}: {planned.total} rows of kind {spec.job.kind}: {counts}{extra}")
     screen.print(f"  output {spec.job.output.uri}, model {spec.model.path} ({spec.model.revision})")
-    prompts = planned.prompts
     try:
         limit = backbones.read_text_limit(local_model(spec.job))
     except (OSError, ValueError) as error:  # what else such a folder lacks, the first row tells
@@ -418,12 +442,21 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
             f"warning: the lengths of the prompts were not checked, the model's tokenizer cannot be read: {error}"
         )
         return None
-    cut = limit.cut(prompts)
+    for key, texts in planned.other_texts(spec.job).items():
+        _warn_of_cut(limit, texts, f"texts of {key}", "the model", "")
+    marked = " The manifest marks their rows (prompt_cut)."
+    return _warn_of_cut(limit, planned.prompts, "prompts", "the model", marked)
+
+
+def _warn_of_cut(limit: TextLimit, texts: Collection[str], what: str, reader: str, more: str) -> int:
+    """Warn of texts that are longer than a text encoder reads; return how many are."""
+
+    cut = limit.cut(texts)
     if cut:
         first, tokens = next(iter(cut.items()))
         screen.print(
-            f"warning: {len(cut)} of {len(prompts)} prompts are longer than the {limit.tokens} tokens that the model "
-            "reads; what comes after these changes nothing. The manifest marks their rows (prompt_cut). "
+            f"warning: {len(cut)} of {len(texts)} {what} are longer than the {limit.tokens} tokens that {reader} "
+            f"reads; what comes after these changes nothing.{more} "
             f"The first, of {tokens} tokens: {first:.100}"
         )
     return len(cut)
@@ -630,7 +663,6 @@ def manifest_verify(
 
 def _clean(manifest: Manifest, remove: bool) -> None:
     """Say what killed runs have left in a job's folder, and remove it if that is wanted."""
-    from jobs.table import printable
     from pipeline.faults import Ledger
     from pipeline.lease import Lease
 
@@ -638,7 +670,7 @@ def _clean(manifest: Manifest, remove: bool) -> None:
     with Lease(manifest.store, on_wait=_tell_of_wait):
         left, unfinished = manifest.leftovers(), manifest.store.unfinished()
         for key in [*(problem.key for problem in left), *unfinished]:
-            screen.print(printable(f"{said} {key}"))
+            screen.print(f"{said} {key}")
         if remove:
             manifest.clean()
             Ledger(manifest.store).end_all(manifest.statuses())
@@ -795,7 +827,8 @@ def mini_clips(
     """Render clips of the synthetic world, with known motion, as reference videos. Existing files are kept."""
     from jobs.clips import render_clips
 
-    render_clips(folder, count, seed, sprites)
+    with outlived(), expected_errors():
+        render_clips(folder, count, seed, sprites)
 
 
 @mini_app.command("pairs")
@@ -807,4 +840,5 @@ def mini_pairs(
     """Render clips of one sprite, and a table that pairs each with a prompt: what the comparison jobs run on."""
     from jobs.clips import render_pairs
 
-    render_pairs(folder, count, seed)
+    with outlived(), expected_errors():
+        render_pairs(folder, count, seed)

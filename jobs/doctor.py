@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
+from pipeline.store import redact
+
 Finding = dict[str, Any]
 """`what` was examined, what was `found`, and whether it is `ok`."""
 
@@ -25,9 +27,9 @@ def examine(model: str, output: str | None) -> Iterator[Finding]:
         examinations[f"output {output}"] = lambda: _output(output)
     for what, examination in examinations.items():
         try:
-            yield {"what": what, "found": examination(), "ok": True}
+            yield {"what": redact(what), "found": examination(), "ok": True}
         except Exception as error:
-            yield {"what": what, "found": f"{type(error).__name__}: {error}", "ok": False}
+            yield {"what": redact(what), "found": redact(f"{type(error).__name__}: {error}"), "ok": False}
 
 
 def _software() -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import aiohttp
 
 from jobs.shipping import SPEC_FILE, LaunchError, pack
+from pipeline.store import redact
+from pipeline.waits import waiting
 
 SECONDS_BETWEEN_LOOKS = 2.0
 _PATIENCE_S = 300.0
@@ -55,7 +57,8 @@ def connect(address: str | None) -> Any:
         raise LaunchError(f"Ray's job API is not installed ({error}): pip install 'ditflow[cluster]'") from error
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
-        return JobSubmissionClient(address)
+        with waiting(lambda: redact(f"the cluster at {address} to answer")):
+            return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise LaunchError(
             f"{address}: the cluster asks for a token, and did not get its own: set RAY_AUTH_MODE=token, and "

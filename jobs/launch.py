@@ -17,6 +17,8 @@ from jobs.kuberay import Manifest, Manifests, SubmissionError, Wish, as_yaml, re
 from jobs.profile import SAMPLE_REGISTRY, Profile, load_profile
 from jobs.shipping import LaunchError, pack
 from jobs.table import Screen
+from pipeline.store import redact
+from pipeline.waits import waiting
 
 _INTERRUPTED = 130
 
@@ -77,7 +79,7 @@ def _to_ray(request: Request, screen: Screen) -> int:
     if job_id is None:
         assert request.job is not None
         job_id = jobapi.submit(client, request.job, request.overrides)
-    again = f"ditflow submit --follow {job_id} --address {request.address}"
+    again = redact(f"ditflow submit --follow {job_id} --address {request.address}")
     if not request.wait:
         print(job_id)
         screen.print(f"follow it: {again}")
@@ -128,9 +130,15 @@ def _kubectl(arguments: list[str], manifests: list[Manifest], profile: Profile) 
             "there is no kubectl on the PATH: install it, or print the manifests (--dry-run) and apply them elsewhere"
         )
     context = ["--context", profile.context] if profile.context else []
-    done = subprocess.run(
-        [kubectl, *context, *arguments], input=as_yaml(manifests), capture_output=True, text=True, check=False
-    )
+    with waiting(lambda: f"kubectl {' '.join([*context, *arguments])} to end"):
+        done = subprocess.run(
+            [kubectl, *context, *arguments],
+            input=as_yaml(manifests),
+            capture_output=True,
+            encoding="utf-8",  # as YAML is, whatever the terminal is
+            errors="replace",
+            check=False,
+        )
     if done.returncode:
         raise LaunchError(
             f"kubectl {' '.join([*context, *arguments])} failed with exit status {done.returncode}: "

@@ -20,6 +20,7 @@ from pipeline.cluster import unplaced_actors
 from pipeline.pace import RECENT_ROWS, RECENT_S, busy_share, recent_since, rows_per_hour
 from pipeline.status import Whereabouts, longest_at_work, whereabouts
 from pipeline.store import Store, StoreError
+from pipeline.waits import long_waits
 
 LOOK_EVERY_S, LINE_EVERY_S = 10.0, 60.0
 """How often the output is looked at for where the work is, and a line printed where there is no terminal."""
@@ -27,7 +28,7 @@ STILL_S = 60.0
 """After so long without a row that ends or work that begins, it is said what the job waits for."""
 
 
-_NOTHING_KNOWN = "Ray to start the next task: every process is up, and none is at work"
+_NOTHING_KNOWN = "a process to load its model, or Ray to start the next task: every process is up, and none has begun"
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ class RowProgress:
         self._where: Whereabouts | None = None
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._shows_bar = screen.is_terminal and not screen.is_dumb_terminal
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rows {task.fields[facts]}", markup=False),
             console=screen,
-            disable=rows == 0 or not screen.is_terminal,
+            disable=rows == 0 or not self._shows_bar,
             # Rows as JSON go to a file or a program, not to the bar's terminal.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
@@ -109,7 +111,9 @@ class RowProgress:
             if before is None or (before, before.begun) != (self._where, self._where.begun):
                 self._moved = self._clock()
             if self._clock() - max(self._moved, self._newest) >= STILL_S:
-                waits_for = [*unplaced_actors(), *longest_at_work(self._store, time.time())] or [_NOTHING_KNOWN]
+                waits_for = [*unplaced_actors(), *longest_at_work(self._store, time.time())]
+                # What the driver itself waits for is said by `jobs.waiting`.
+                waits_for = waits_for or ([] if long_waits(STILL_S) else [_NOTHING_KNOWN])
         except StoreError as error:  # it is only for show
             waits_for = [f"the output's storage: {error}"]
         with self._lock:
@@ -137,7 +141,7 @@ class RowProgress:
     # ------------------------------------------------------------------------------------------ what is said
 
     def _say(self, last: bool = False) -> None:
-        if self._screen.is_terminal:
+        if self._shows_bar:
             self._bar.update(self._task, completed=self._done, facts=self._facts(separator="\n"))
         elif last or self._clock() - self._said >= LINE_EVERY_S:
             self._said = self._clock()

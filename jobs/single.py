@@ -22,6 +22,7 @@ from ditflow.transfer import Transferred, transfer_motion
 from ditflow.types import StepRecord
 from ditflow.video import Clip, read_video, write_video
 from jobs.table import Screen
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.job import DEFAULT_FPS
 
 
@@ -96,6 +97,7 @@ def transfer(
     if picture is not None and (isinstance(reference, ReusedBank) or method.name != "ditflow"):
         raise ValueError("--picture draws a reference's attention motion flow: it needs --method ditflow and no --bank")
     _check_folders(output, save_bank, plot, picture)
+    limit_threads(usable_cpus())
     if isinstance(reference, ReusedBank):
         method, sampling = _as_learned(reference.bank, method, sampling)
     backbone = backbones.load(model)
@@ -144,6 +146,7 @@ def extract(
 ) -> dict[str, Any]:
     """Extract a video's attention motion flow; return a summary."""
     _check_folders(output, plot)
+    limit_threads(usable_cpus())
     backbone = backbones.load(model)
     clip = reference.read(backbone, screen)
     motion = extract_motion(backbone, clip.frames, method)

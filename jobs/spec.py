@@ -30,6 +30,7 @@ from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
 from pipeline.store import Store, StoreError, StoreOptionsError, check_address, public_uri, redact
+from pipeline.waits import waiting
 
 PRESETS = Path(__file__).parent
 
@@ -495,7 +496,8 @@ _UNION_MEMBER = re.compile(r"(Table|str|int|float|bool|(tuple|literal)\[.*)$")
 def _resolve(job: Job, lines: _Lines) -> ReadySpec:
     """Fill in the model's defaults and check what only the model can tell."""
     try:
-        found = backbones.identify(local_model(job), download=job.model.download)
+        with waiting(lambda: f"the model {job.model.path} to be found and hashed"):
+            found = backbones.identify(local_model(job), download=job.model.download)
         model = replace(found, path=job.model.path)
     except (ModelNotFoundError, StoreError, OSError, ValueError) as error:  # the last two: names that no file can have
         raise SpecError(lines.at(["model", "path"], f"{error}"[:1000])) from error

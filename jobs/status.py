@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
+from jobs.streams import is_lost
 from jobs.table import Screen
 from pipeline.status import Attempt, Failure, Runner, Status, Watch
 from pipeline.store import Store, StoreError
@@ -19,6 +20,8 @@ def show_status(
 ) -> None:
     """Print how the job in a store goes; with `every_s`, again after so many seconds until it is at rest or Ctrl-C.
 
+    Also until nobody reads it any more.
+
     Raises ValueError for `every_s` of 0 or less. StoreError comes from the storage at the first time; later on it is
     said, and looked again.
     """
@@ -29,7 +32,7 @@ def show_status(
     while True:
         if status is not None:
             _show(status, store, screen, as_json, clear=every_s is not None)
-        if every_s is None or (status is not None and status.at_rest):
+        if every_s is None or (status is not None and status.at_rest) or is_lost(screen.file):
             return
         try:
             sleep(every_s)
@@ -50,7 +53,7 @@ def _show(status: Status, store: Store, screen: Screen, as_json: bool, clear: bo
     if as_json:
         print(json.dumps(status.to_dict()), flush=True)
         return
-    if clear and screen.is_terminal:
+    if clear and screen.is_terminal and not screen.is_dumb_terminal:
         screen.clear()
     elif clear:
         screen.print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")

@@ -15,6 +15,7 @@ from ditflow.bank import MotionBank
 from pipeline.catalogue import ENDING, Catalogue
 from pipeline.manifest import HASH_THREADS, Manifest, output_key
 from pipeline.store import Store, StoreCredentialsError, StoreError, StoreMissingError, absolute_uri
+from pipeline.waits import counted
 
 _FOLDER = "/banks/"
 
@@ -39,7 +40,8 @@ def check_banks(uri: str, storage_options: dict[str, Any]) -> tuple[int, list[Ba
     gone = [] if uri.endswith(ENDING) else sorted(recorded.keys() - set(keys))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         checked = pool.map(lambda key: _problem(banks, key, recorded.get(key)), keys)
-        problems = [problem for problem in checked if problem is not None]
+        read = counted(checked, "the banks to be checked", len(keys))
+        problems = [problem for problem in read if problem is not None]
     return len(keys), [*problems, *(BankProblem(key, "it is gone: the manifest records it as ok") for key in gone)]
 
 
@@ -106,5 +108,5 @@ def copy_banks(source: Catalogue, rows: Any, target: Store) -> Iterator[str]:
         return name
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        yield from pool.map(copy, keys)
+        yield from counted(pool.map(copy, keys), "the banks to be copied", len(keys))
     Catalogue(target).refresh()

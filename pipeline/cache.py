@@ -21,6 +21,7 @@ from pathlib import Path
 from ditflow.cache import cache_folder, go_on_without_cache
 from pipeline.job import Job
 from pipeline.store import Store, StoreMissingError, is_local
+from pipeline.waits import counted
 
 _DOWNLOADS_AT_ONCE = 4
 _ABANDONED_S = 24 * 3600.0
@@ -100,7 +101,8 @@ class NodeCache:
             ) from error
         try:
             with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-                list(pool.map(lambda key: store.download(key, temporary / key), listing))
+                copied = pool.map(lambda key: store.download(key, temporary / key), listing)
+                list(counted(copied, f"the files of {store.uri} to be copied to this machine", len(listing)))
             self._keep(temporary, copy)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # of a copy that failed or came second

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.conditions import rows_where
 from pipeline.manifest import READ_THREADS, parquet_bytes
 from pipeline.store import Entry, Store, StoreCredentialsError, StoreError, StoreMissingError
+from pipeline.waits import counted
 
 if TYPE_CHECKING:
     from ditflow.bank import BankHeader
@@ -105,7 +106,8 @@ class Catalogue:
         kept = [row for key, row in known.items() if key in found and _unchanged(row, found[key])]
         new = sorted(found.keys() - {row["key"] for row in kept})
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            outcomes = dict(zip(new, pool.map(lambda key: self._row(key, found[key]), new), strict=True))
+            read = counted(pool.map(lambda key: self._row(key, found[key]), new), "the banks to be read", len(new))
+            outcomes = dict(zip(new, read, strict=True))
         refused = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, str)}
         rows = [*kept, *(outcome for outcome in outcomes.values() if not isinstance(outcome, str))]
         table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["id"], row["key"])), schema=SCHEMA)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental.internal_kv import _internal_kv_get
 
 from ditflow.settings import SettingsError
 from pipeline.job import Pool
@@ -34,8 +40,15 @@ class ClusterError(RuntimeError):
 
 
 def check_address() -> None:
-    """Raise ValueError for a RAY_ADDRESS that names no cluster, ClusterError for one where none answers."""
-    address = os.environ.get("RAY_ADDRESS", "")
+    """Raise ValueError for a RAY_ADDRESS that names no cluster, ClusterError for one where none answers.
+
+    One that has answered is not asked again by this process.
+    """
+    _check(os.environ.get("RAY_ADDRESS", ""))
+
+
+@cache
+def _check(address: str) -> None:
     if address in ("", "auto", "local"):  # Ray finds or starts one itself
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -101,9 +114,10 @@ def session_folder() -> str:
 def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder, buffering=0) as probe:
+            return bool(probe.write(bytes(4096)))  # a full disk takes a file, but nothing into it
     except OSError:
         return False
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 # ------------------------------------------------------------------------------------------------------- room
@@ -204,8 +218,34 @@ class _Room:
 
 
 def grows() -> bool:
-    """Return whether machines may be added to the cluster: an autoscaler names the group that each belongs to."""
-    return any("ray.io/node-group" in node["Labels"] for node in ray.nodes())
+    """Return whether an autoscaler may add machines to the cluster.
+
+    Its second version is known by a mark that Ray's head sets, and a name of its kind on each machine. KubeRay gives
+    these names on clusters that do not grow as well. The first version writes a report into the head's store; where
+    machines are only watched, each has a kind of its own there.
+    """
+    in_groups = any(ray._raylet.RAY_NODE_GROUP_KEY in node["Labels"] for node in ray.nodes())
+    second = _internal_kv_get(
+        ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, namespace=ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
+    )
+    kinds = _reported_kinds()
+    if second == b"1" or not kinds:  # without a report the first version has only just begun, if it is there
+        return in_groups
+    return not all(map(_ONLY_WATCHED.fullmatch, kinds))
+
+
+_ONLY_WATCHED = re.compile(r"node_[0-9a-f]{56}")
+"""A kind of machine that Ray makes of a machine's id."""
+
+
+def _reported_kinds() -> set[str]:
+    """Return the kinds of machines that an autoscaler of the first version has reported last."""
+    status = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    report = json.loads(status).get("autoscaler_report") if status else None
+    if not report:
+        return set()
+    named = [kind for _, kind, *_ in (*report["pending_nodes"], *report["failed_nodes"])]
+    return {*report["active_nodes"], *(report["idle_nodes"] or ()), *report["pending_launches"], *named}
 
 
 def _too_many(name: str, need: Need, found: int, machines: Machines) -> SettingsError:

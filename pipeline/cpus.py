@@ -1,10 +1,29 @@
-"""How many CPUs this process may use."""
+"""How many CPUs this process may use, and the threads of its libraries."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import cv2
+import pyarrow as pa
+import torch
+
+from ditflow import video
+
+
+def limit_threads(most: int) -> None:
+    """Let each library of this process compute with at most so many threads; one that has fewer keeps them.
+
+    By itself each starts one for every CPU that it sees, whatever the quota of its container is.
+    """
+    pa.set_cpu_count(min(most, pa.cpu_count()))
+    video.decoder_threads = most
+    if torch.get_num_threads() > most:
+        torch.set_num_threads(most)
+    if cv2.getNumThreads() > most:
+        cv2.setNumThreads(most)
 
 
 def usable_cpus(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -50,6 +50,7 @@ from pipeline.store import (
     public_uri,
     sha256_of,
 )
+from pipeline.waits import counted
 
 FOLDER = "manifest"
 JOB_KEY = "job.yaml"
@@ -224,10 +225,11 @@ class Manifest:
             list(pool.map(self.store.delete, done))
             for start in range(0, len(left), rows_per_file):
                 parts = left[start : start + rows_per_file]
-                table = pa.concat_tables(pool.map(self.load, parts))
+                loaded = counted(pool.map(self.load, parts), "the manifest's rows to be merged", len(parts))
+                table = pa.concat_tables(loaded)
                 name = sha256("".join(map(_row_id, parts)).encode()).hexdigest()[:24]
                 self.store.put(f"{FOLDER}/{MERGED}{name}.parquet", parquet_bytes(table))
-                list(pool.map(self.store.delete, parts))
+                list(counted(pool.map(self.store.delete, parts), "merged files to be removed", len(parts)))
         return len(single)
 
     def leftovers(self) -> list[Problem]:
@@ -337,7 +339,7 @@ class Manifest:
                 keys = [key for key in self._keys() if key not in read]
                 read.update(keys)
                 gone = False
-                for key, table, missed in pool.map(load, keys):
+                for key, table, missed in counted(pool.map(load, keys), "the manifest's files to be read", len(keys)):
                     gone = gone or missed
                     if table is not None:
                         yield key, table
@@ -394,7 +396,8 @@ class Manifest:
         # A file of the wrong size is reported already; reading it would say nothing new.
         whole = [row for row in rows if sizes.get(output_key(row["output_uri"]) or "") == row["output_bytes"]]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            return [problem for problem in pool.map(self._check_hash, whole) if problem is not None]
+            checked = counted(pool.map(self._check_hash, whole), "the outputs to be hashed", len(whole))
+            return [problem for problem in checked if problem is not None]
 
     def _check_hash(self, row: Mapping[str, Any]) -> Problem | None:
         key = output_key(row["output_uri"])

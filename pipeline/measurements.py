@@ -21,6 +21,7 @@ from ditflow.metrics.base import MetricSettings
 from pipeline.job import content_id
 from pipeline.manifest import READ_THREADS, Manifest, is_video, parquet_bytes
 from pipeline.store import Store
+from pipeline.waits import counted
 
 FOLDER = "metrics"
 SCHEMA: Any = pa.schema(
@@ -107,7 +108,7 @@ class Measurements:
         """Return all measurements as a pyarrow Table of SCHEMA."""
         keys = [key for key in self.store.list(FOLDER) if key.endswith(".parquet")]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            tables = list(pool.map(self._table, keys))
+            tables = list(counted(pool.map(self._table, keys), "the measurements to be read", len(keys)))
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
 
     def values(self, settings: MetricSettings) -> dict[str, dict[str, float | None]]:

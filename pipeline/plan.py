@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +36,7 @@ from pipeline.store import (
     sha256_of,
 )
 from pipeline.tables import PlanError, read_pairs, read_prompts
+from pipeline.waits import counted
 
 _HASHES_KEY = "inputs.json"
 _HASH_THREADS = 16
@@ -45,12 +46,14 @@ _HASH_THREADS = 16
 class Input:
     """A reference video or bank. sha256 is None if it could not be read: its rows will fail, and say why.
 
-    uri is what is written down. address is where it is read, with a URL's signature; it never leaves memory.
+    uri is what is written down. address is where it is read, with a URL's signature; it never leaves memory. number:
+    its place among the job's addresses that are written down alike.
     """
 
     uri: str
     sha256: str | None
     address: str = field(default="", repr=False)
+    number: int = 1
 
     @classmethod
     def at(cls, address: str, sha256: str | None) -> Input:
@@ -71,7 +74,7 @@ class Input:
     @property
     def identity(self) -> str:
         """Its content if known, else its address."""
-        return self.sha256 or self.uri
+        return self.sha256 or (self.uri if self.number == 1 else f"{self.uri}#{self.number}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,19 @@ class Plan:
     def prompts(self) -> set[str]:
         """The prompts of the rows to do."""
         return {row.prompt for row in self.todo if row.prompt is not None}
+
+    def other_texts(self, job: Job) -> dict[str, set[str]]:
+        """Return what the text encoder reads beside the prompts of the rows to do, by the keys of the spec."""
+        texts: dict[str, set[str]] = defaultdict(set)
+        for variant, own in {(row.variant, row.own) for row in self.todo}:
+            method = job.variants[variant].with_own(own).method
+            if method.zero_shot and job.kind == "synthesize":
+                texts["learn_with"].add(method.learn_with)
+            if method.learns_positions and (method.zero_shot or job.kind == "build-bank"):
+                texts["more_prompts"].update(method.more_prompts)
+        if self.todo and job.kind != "extract" and job.sampling.guidance_scale != 1:
+            texts["sampling.negative_prompt"].add(job.sampling.negative_prompt)
+        return texts
 
     @property
     def counts(self) -> dict[str, int]:
@@ -359,12 +375,15 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
 
     most = MOST_BYTES if job.kind == "reuse" else job.references.max_bytes
 
+    sources = list(_numbered(uris))
+    alike = {source.uri for source in sources if source.number > 1}
+    known = {uri: memory for uri, memory in known.items() if uri not in alike}  # it would be that of any of them
+
     def content_hash(uri: str) -> str:
         return patiently(lambda: sha256_of(uri, job.storage_options, most), job.faults.storage_patience_s)
 
-    def hashed(address: str) -> tuple[Input, list[str] | StoreError]:
-        source = Input.at(address, None)
-        remembered = known.get(source.uri, [None, None])
+    def hashed(source: Input) -> tuple[Input, list[str] | StoreError]:
+        address, remembered = source.source, known.get(source.uri, [None, None])
         try:
             mark = patiently(lambda: fingerprint(address, job.storage_options, most), job.faults.storage_patience_s)
             sha256 = remembered[1] if remembered[0] == mark else content_hash(address)
@@ -377,11 +396,20 @@ def _hashed(job: Job, uris: Iterable[str]) -> list[Input]:
         return replace(source, sha256=sha256), [mark, sha256]
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        results = list(pool.map(hashed, uris))
+        results = list(counted(pool.map(hashed, sources), "the inputs to be hashed", len(sources)))
     away = [outcome for _, outcome in results if isinstance(outcome, StoreError) and outcome.transient]
     if away and len(away) == len(results):
         raise away[0]
-    found = {source.uri: memory for source, memory in results if isinstance(memory, list)}
+    found = {source.uri: memory for source, memory in results if isinstance(memory, list) and source.uri not in alike}
     if not found.items() <= known.items():
         store.put(_HASHES_KEY, json.dumps(known | found, indent=0).encode())
     return [source for source, _ in results]
+
+
+def _numbered(addresses: Iterable[str]) -> Iterator[Input]:
+    """Return the input at each address, numbered among those that differ only in what is not written down."""
+    seen = Counter[str]()
+    for address in addresses:
+        source = Input.at(address, None)
+        seen[source.uri] += 1
+        yield replace(source, number=seen[source.uri])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ import ray
 from pipeline import telemetry
 from pipeline.catalogue import Catalogue
 from pipeline.cluster import ClusterError, Need, check_address, pools_with_room, session_folder, stderr_silenced
-from pipeline.cpus import usable_cpus
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.faults import JobStoppedError, Ledger, TooManyFailuresError
 from pipeline.graph import evaluated_rows, evaluation_needs, finished_rows, needs
 from pipeline.job import Job, RunningJob
@@ -36,6 +37,7 @@ ROWS_REMEMBERED = 500
 """After so many rows their statuses are kept: what a resumed run has to read one by one are at most so many."""
 _MANY_ROWS, _MANY_FILES = 100_000, 10_000
 _LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -72,18 +74,57 @@ def sole_run(job: Job, on_wait: Callable[[Holder], None]) -> Iterator[None]:
             yield
             lease.check()
         except (KeyboardInterrupt, JobStoppedError) as stop:
-            event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
-            ray.shutdown()
-            lease.check()
-            with suppress(StoreError):  # it may be what stopped the job
-                Ledger(store).forgive()
+            with _undisturbed():
+                event("job_stopped", ERROR, reason=str(stop) or type(stop).__name__)
+                begun = ray.is_initialized()  # else the tries are those of earlier runs
+                if begun:
+                    _end_workers(_HURRY_S if isinstance(stop, KeyboardInterrupt) else _NO_HURRY_S)
+                lease.check()
+                if begun:
+                    with suppress(StoreError):  # it may be what stopped the job
+                        Ledger(store).forgive()
             raise
+
+
+_HURRY_S, _NO_HURRY_S = 5.0, 60.0
+"""How long Ray's end is waited for; who sends a signal may kill this process soon."""
+
+
+def _end_workers(within_s: float) -> None:
+    """End Ray and its processes, but wait only so long: a signal to the whole group may have ended Ray's own before."""
+    ending = threading.Thread(target=ray.shutdown, name="end of Ray", daemon=True)
+    ending.start()
+    ending.join(within_s)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal interrupt a `with` block: the second of two Ctrl-C would keep rows from getting their tries back.
+
+    The signals are taken, not ignored: who ends the process after a while has to hear of them.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers if _is_heeded(number)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _is_heeded(number: int) -> bool:
+    """Whether a signal has a handler of Python's, which could be put back."""
+    return callable(signal.getsignal(number))
 
 
 def connect() -> None:
     """Connect to the cluster at RAY_ADDRESS, or start an embedded one on this machine, once per process."""
     if ray.is_initialized():
         return
+    limit_threads(usable_cpus())
     check_address()
     # Rows report their own errors; what Ray says of its progress is not for the person who waits.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -103,7 +144,18 @@ def connect() -> None:
     with stderr_silenced(), _own_signals():
         # "local": never the cluster of somebody else that happens to run on this machine.
         local = {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES, "_temp_dir": folder}
-        ray.init("local", **local, **quiet)
+        if not _SHARED_MEMORY.is_dir():
+            local["_plasma_directory"] = folder
+        try:
+            ray.init("local", **local, **quiet)
+        except Exception as error:  # Ray has no class for a start that took too long
+            ray.shutdown()
+            reason = " ".join(str(error).split())
+            raise ClusterError(
+                f"Ray could not be started on this machine: {reason}. Its logs are in {folder}/session_latest/logs. "
+                "See that there are free memory and room on that disk, and that the machine is not too busy, then run "
+                "the job again."
+            ) from error
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from fsspec.core import split_protocol
 from fsspec.exceptions import FSTimeoutError
 
 from pipeline.protocols import OPTIONS, TOKEN_KINDS, OptionError, options_for
+from pipeline.waits import waiting
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
@@ -116,24 +117,30 @@ class StoreUnwritableError(StoreForbiddenError):
     """The storage cannot be written to: no permission, no space, a root that is gone. No row could end there."""
 
 
-_SECRET_VARIABLE = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCESS_KEY_ID|API_KEY|SECRET_KEY)$")
+_SECRET_VARIABLE = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PWD|KEY|ACCESS_KEY_ID|CONNECTION_STRING|SAS|SIGNATURE)$"
+)
+_NO_SECRET_VARIABLES = frozenset({"PWD", "OLDPWD"})
 _SECRET_QUERY = (
     r"X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)|"
     r"AWSAccessKeyId|Signature|sig"
 )
 _SECRET_NAME = (
     r"(?:aws[_-])?secret(?:[_-]?access)?(?:[_-]?key)?|(?:aws[_-])?access[_-]?key(?:[_-]?id)?|"
-    r"(?:session|security|access|refresh)?[_-]?token|api[_-]?key|client[_-]?secret|password|passwd"
+    r"(?:session|security|access|refresh|sas)?[_-]?token|api[_-]?key|client[_-]?secret|password|passwd|passphrase|"
+    r"(?:account|shared[_-]?access|private|sse[_-]?customer)[_-]?key|shared[_-]?access[_-]?signature"
 )
 _REDACTIONS = (
     (re.compile(r"(?<=://)[^/\s'\"]+(?=@)"), "***"),
     (re.compile(r"(?i)(https?://[^\s?'\"]*\?)[^\s'\"]+"), r"\1***"),
     (re.compile(rf"(?i)([?&;](?:{_SECRET_QUERY})=)[^&\s'\"]+"), r"\1***"),
-    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+"), r"\1***"),
+    (re.compile(r"(?is)-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?(?:-----END \1-----|\Z)"), "***"),
+    (re.compile(r"(?i)((?:authorization|cookie)['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=%-]{6,}"), r"\1***"),
     (re.compile(rf"(?i)((?:{_SECRET_NAME})['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&]+"), r"\1***"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"), "***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"), "***"),
+    (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|ya29\.|AIza)[\w-]{16,}"), "***"),
+    (re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"), "***"),
 )
 
 
@@ -141,12 +148,12 @@ def redact(text: str) -> str:
     """Return `text` with credentials replaced by `***`.
 
     Covered: `user:password@` in URLs, the whole query of http(s) URLs (every service signs by names of its own),
-    signatures in other URLs, `secret=...`-like pairs, authorization headers, access key ids, and the values of this
-    process's secret environment variables (a secret key alone looks like any other word, so only its value can give
-    it away).
+    signatures in other URLs, `secret=...`-like pairs, authorization headers and cookies, private keys, tokens that are
+    known by how they begin, access key ids, and the values of this process's secret environment variables (a secret key
+    alone looks like any other word, so only its value can give it away).
     """
     for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()):
+        if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()) and name not in _NO_SECRET_VARIABLES:
             text = text.replace(value, "***")
     for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
@@ -215,7 +222,8 @@ def _class_names(error: BaseException) -> set[str]:
 def _translating(action: str, uri: str) -> Iterator[None]:
     """Turn whatever a file system raises inside the block into a StoreError that names action and URI."""
     try:
-        yield
+        with waiting(lambda: f"the storage to {action} {_shown(uri)}"):
+            yield
     except StoreError:
         raise
     except Exception as error:
@@ -260,7 +268,12 @@ def _who_may(action: str, uri: str, code: str) -> str:
     if is_local(uri):
         return "Check the permissions of the file and of the folders above it."
     if "http" in uri.split("://", 1)[0]:
-        return "If it was a signed URL: it has expired, or was signed for something else. Sign it anew."
+        if "?" in uri:
+            return "If it was a signed URL: it has expired, or was signed for something else. Sign it anew."
+        return (
+            "If it was read by a signed URL: signatures are not written down, so that only the run that was given one "
+            "can read it."
+        )
     if action in _WRITING:
         return "On S3, check the right of these credentials to get, put, list and delete there."
     return (
@@ -299,13 +312,11 @@ def _shown(uri: str) -> str:
 
 # --------------------------------------------------------------------------------------------- file systems
 
-_REFUSED_OPTIONS = frozenset(
-    {
-        "key", "secret", "token", "password", "passwd", "username", "authorization", "cookie",
-        "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "x-amz-security-token",
-        "account_key", "sas_token", "connection_string", "api_key", "x-api-key", "client_secret",
-    }
-)  # fmt: skip
+_REFUSED_OPTION = re.compile(
+    r"(?i)(key|secret|token|passw(or)?d|passphrase|pwd|username|auth|authorization|cookies?|credentials?|sas|"
+    r"access_key_id|connection_string)$"
+)
+"""Ends of the names of credentials: account_key, x-api-key, SSECustomerKey."""
 
 
 def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
@@ -426,12 +437,13 @@ def _refuse_as_root(uri: str) -> None:
 def _credential_keys(options: Mapping[str, Any], depth: int = 5) -> Iterator[str]:
     """Yield the names of secrets among options; what is nested deeper than any option is refused as such."""
     for name, value in options.items():
-        if str(name).lower() in _REFUSED_OPTIONS and not (name == "token" and value in TOKEN_KINDS):
+        inner = value if isinstance(value, list | tuple) else [value]
+        named = _REFUSED_OPTION.search(str(name)) is not None and not isinstance(value, bool | None)
+        named = named and not (name == "token" and value in TOKEN_KINDS)
+        if named or any(isinstance(part, str) and redact(part) != part for part in inner):
             yield str(name)
-        elif isinstance(value, Mapping) and depth:
-            yield from _credential_keys(value, depth - 1)
-        elif isinstance(value, str) and redact(value) != value:
-            yield str(name)
+        for part in inner:
+            yield from _credential_keys(part, depth - 1) if isinstance(part, Mapping) and depth and not named else ()
 
 
 # ------------------------------------------------------------------------------------------------- patience
@@ -447,14 +459,22 @@ def patiently(
     """
     if not patience_s:
         return operation()
+    reasons: list[str] = []
+
+    def note(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        reasons[:] = [redact(f"storage that is tried again: {state.outcome.exception()}")]
+
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(patience_s),
         wait=tenacity.wait_random_exponential(multiplier=1, max=LONGEST_PAUSE_S),
         retry=tenacity.retry_if_exception(is_transient),
+        before_sleep=note,
         sleep=sleep,
         reraise=True,
     )
-    return retrying(operation)
+    with waiting(lambda: "".join(reasons)):
+        return retrying(operation)
 
 
 def _patient(
@@ -668,7 +688,7 @@ class Store:
         parts, root = key.split("/"), self._at("")[1]
         return any(os.path.islink(os.path.join(root, *parts[:count])) for count in range(1, len(parts) + 1))
 
-    def unfinished(self) -> list[str]:
+    def unfinished(self) -> Sequence[str]:
         """Return what writers that died have left: keys of temporary files, or of parts of uploads.
 
         In a folder that nobody writes into. Symbolic links are not followed.
@@ -696,7 +716,7 @@ class Store:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(uploads)
 
-    def _uploads(self, fs: Any, root: str) -> list[Any]:
+    def _uploads(self, fs: Any, root: str) -> Sequence[Any]:
         """Return the uploads below the root that were begun and not completed."""
         bucket, folder, _ = fs.split_path(root)
         return [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
@@ -1020,13 +1040,17 @@ def _local_path(uri: str) -> str:
 def public_uri(uri: str) -> str:
     """Return an absolute URI as it may be written down.
 
-    Without user and password, and without what comes after the path of an http(s) URL: signatures are there. Bytes of
-    a local name that are no UTF-8 are percent-encoded.
+    Without user and password, and without what comes after the path of an http(s) URL: signatures are there; of other
+    URLs without a query that holds a secret. What Azure has before an '@' is a container. Bytes of a local name that
+    are no UTF-8 are percent-encoded.
     """
     if is_local(uri):
         return uri if _is_utf8(uri) else quote(os.fsencode(uri), safe=_ASCII_AS_IT_IS)
-    uri = re.sub(r"(?<=://)[^/\s]*@", "", uri)
-    return re.split(r"[?#]", uri, maxsplit=1)[0] if re.search(r"https?://", uri) else uri
+    if not re.match(r"(abfss?|wasbs?)://[^/\s:]*@", uri):
+        uri = re.sub(r"(?<=://)[^/\s]*@", "", uri)
+    path, *query = re.split(r"[?#]", uri, maxsplit=1)
+    secret = query and (re.search(r"https?://", uri) or redact(f"?{query[0]}") != f"?{query[0]}")
+    return path if secret else uri
 
 
 def _is_utf8(text: str) -> bool:

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ditflow.backbones.base import TextLimit
 from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
 from ditflow.metrics.tracks import check_pictures
 from ditflow.settings import SettingsError
@@ -80,6 +81,16 @@ class ClipModel:
         return self._model.visual_projection(
             self._model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         )
+
+
+def read_text_limit(folder: str | Path) -> TextLimit:
+    """Read how much of a prompt the CLIP of a folder reads; its weights are left alone. ValueError if it is none."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = Path(folder)
+    _check_folder(path)
+    positions = AutoConfig.from_pretrained(path, local_files_only=True).text_config.max_position_embeddings
+    return TextLimit(positions, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
 
 
 def prompt_similarity(model: ClipModel, frames: np.ndarray, prompt: str) -> float:

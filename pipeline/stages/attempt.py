@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from pipeline import telemetry
+from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.faults import (
     EVALUATING,
     READING,
@@ -110,6 +111,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         begin(self.job.log, self.job.name, forward)
+        limit_threads(self.job.resources.threads or usable_cpus())
 
     @cached_property
     def store(self) -> Store:

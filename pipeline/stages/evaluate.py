@@ -25,6 +25,7 @@ from pipeline.plan import Input
 from pipeline.record import recorded_settings
 from pipeline.stages.attempt import Desk, Outcome, shown, stopped
 from pipeline.stages.read import Row, read_unchanged
+from pipeline.store import StoreForbiddenError, StoreMissingError
 
 
 class OutputChangedError(RuntimeError):
@@ -63,14 +64,21 @@ class EvaluateRow:
         )
 
     def _measure(self, made: dict[str, Any], names: list[str]) -> None:
-        clip = EvaluatedClip(self._generated(made), self._reference(made), made["prompt"])
-        figures = [figure for name in names for figure in self._figures(name, clip)]
+        try:
+            reference, unread = self._reference(made), None
+        except (StoreForbiddenError, StoreMissingError) as error:
+            if not made["reference_uri"].startswith(("http://", "https://")):
+                raise
+            reference, unread = None, str(error)  # nobody can sign the address again: no later try would read it
+        clip = EvaluatedClip(self._generated(made), reference, made["prompt"])
+        figures = [figure for name in names for figure in self._figures(name, clip, unread)]
         Measurements(self._desk.store).write(made["row_id"], self._job.metrics, figures)
 
-    def _figures(self, name: str, clip: EvaluatedClip) -> Iterator[Figure]:
+    def _figures(self, name: str, clip: EvaluatedClip, unread: str | None) -> Iterator[Figure]:
         missing = [need for need in METRICS[name].needs if getattr(clip, need) is None]
         if missing:
-            yield Figure(name, name, None, f"the row has no {' and no '.join(missing)}")
+            why = f"the row has no {' and no '.join(missing)}"
+            yield Figure(name, name, None, unread if unread and "reference" in missing else why)
             return
         try:
             values = self._metrics[name](clip)

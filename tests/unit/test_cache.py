@@ -249,6 +249,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
         ({}, "/home/somebody/.cache/ditflow"),
         ({"DITFLOW_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/somebody/.cache/ditflow"),
         ({"XDG_CACHE_HOME": "/scratch"}, "/scratch/ditflow"),
+        ({"XDG_CACHE_HOME": "scratch"}, "/home/somebody/.cache/ditflow"),  # invalid, by the standard
         ({"DITFLOW_CACHE": "~/here"}, "/home/somebody/here"),
     ):
         for name in ("DITFLOW_CACHE", "XDG_CACHE_HOME"):

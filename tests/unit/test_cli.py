@@ -26,7 +26,9 @@ from ditflow import backbones
 from ditflow.bank import MotionBank
 from ditflow.reference import MotionReference
 from ditflow.video import probe_video, read_video, write_video
+from jobs import cli
 from jobs.cli import app
+from jobs.doctor import examine
 from pipeline.lease import Lease, LeaseHeldError
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
@@ -990,3 +992,35 @@ def test_a_signal_ends_a_command_whatever_it_waits_for(tmp_path, waiting, number
             assert command.wait(120) == 128 + number
         finally:
             command.kill()
+
+
+def test_a_mistake_of_a_library_is_shown_whole_and_without_secrets(capsys):
+    with pytest.raises(typer.Exit) as ended, cli.expected_errors():
+        raise RuntimeError("GET https://host/a.mp4?sig=s3cr3t failed")
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == 1
+    assert "Traceback" in said and "https://host/a.mp4?***" in said
+    assert "s3cr3t" not in said
+
+
+def test_a_current_folder_that_is_gone_is_named_as_the_trouble(capsys, monkeypatch):
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    with pytest.raises(typer.Exit) as ended, cli.expected_errors():
+        os.getcwd()
+    assert ended.value.exit_code == 2
+    assert "the current folder is gone" in capsys.readouterr().err
+
+
+def test_an_error_that_names_no_file_is_told_in_its_own_words(capsys):
+    with pytest.raises(typer.Exit), cli.expected_errors():
+        raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
+    assert "error: No usable temporary directory found" in capsys.readouterr().err
+
+
+def test_doctor_shows_no_credentials_of_an_output():
+    findings = [*examine("mini", "s3://AKIAABCDEFGHIJKLMNOP:s3cr3t@bucket/run")]
+    assert not findings[-1]["ok"]
+    assert "s3cr3t" not in str(findings)

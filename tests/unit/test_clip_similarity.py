@@ -13,12 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 from ditflow.metrics import clip_similarity
+from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.clip_similarity import (
     ClipModel,
     _image_processor,
     frame_consistency,
     prompt_similarity,
+    read_text_limit,
 )
+from jobs.cli import _to_measure
+from pipeline.job import Job, Output
+from pipeline.manifest import Manifest
+from pipeline.store import Store
 
 SIDE, POSITIONS = 32, 8
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
@@ -299,3 +305,22 @@ def test_frames_that_cannot_be_embedded_are_refused(model, of, frames, message):
 def test_one_frame_has_no_consistency(model):
     with pytest.raises(ValueError, match="1 frames came, expected 2 or more: one frame has no neighbour"):
         frame_consistency(model, noise(1))
+
+
+def test_the_limit_of_a_folder_is_where_its_text_encoder_cuts(folder, model):
+    limit, longest = read_text_limit(folder), "a b c d e f"
+    assert (limit.tokens, limit.count([longest, longest + " g"])) == (POSITIONS, [POSITIONS, POSITIONS + 1])
+    assert limit.cut([longest, longest + " g"]) == {longest + " g": POSITIONS + 1}
+    assert torch.equal(model.embed_prompt(longest + " g"), model.embed_prompt(longest + " h"))
+
+
+def test_an_evaluation_warns_of_prompts_that_clip_cuts(folder, tmp_path, capsys):
+    store = Store(str(tmp_path))
+    made = {"output_uri": store.uri_of("videos/a.mp4"), "output_sha256": "0" * 64, "output_bytes": 1}
+    size = {"frames": 9, "height": 32, "width": 32, "fps": 8.0}
+    Manifest(store).commit(
+        {"row_id": "a", "status": "ok", "kind": "synthesize", "prompt": "a b c d e f g", **made, **size}
+    )
+    settings = MetricSettings(names=("prompt_similarity",), clip=str(folder))
+    assert len(_to_measure(Job("evaluate", "test", Output(str(tmp_path)), metrics=settings))) == 1
+    assert f"warning: 1 of 1 prompts are longer than the {POSITIONS} tokens that CLIP reads" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Facts about the cluster that a job runs on: its address, its folder, and how many actors find room."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 import pipeline.cluster
-from pipeline.cluster import ClusterError, Need, actors_with_room, check_address, session_folder
+import pipeline.run
+from pipeline.cluster import ClusterError, Need, actors_with_room, check_address, grows, session_folder
 from pipeline.job import Pool
+from pipeline.run import connect
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,3 +141,98 @@ def test_under_uv_run_workers_are_started_as_always(tmp_path):
     paths = {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env={**environment, **paths}, capture_output=True, text=True)
     assert ended.stdout.split("\n")[0] == "True {}", ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------ an autoscaler
+
+WATCHED = f"node_{'0a' * 28}"
+
+
+def report(**changes) -> str:
+    """What an autoscaler of the first version writes down."""
+    nothing = {"active_nodes": {}, "idle_nodes": None, "pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
+    return json.dumps({"autoscaler_report": {**nothing, **changes}})
+
+
+@pytest.mark.parametrize(
+    ("group", "second", "status", "expected"),
+    [
+        (None, None, None, False),
+        (None, None, report(active_nodes={WATCHED: 1}), False),  # `ray start`: machines are only watched
+        (None, None, report(active_nodes={"ray.head.default": 1}), True),  # `ray up` with the first version
+        (None, None, report(pending_launches={"worker": 2}), True),
+        (None, None, report(pending_nodes=[["10.0.0.1", "worker", "launching"]]), True),
+        (None, None, report(active_nodes={WATCHED: 1, "node_a": 1}), True),  # somebody's own name
+        ("headgroup", None, report(active_nodes={WATCHED: 1}), False),  # KubeRay without an autoscaler names groups
+        ("headgroup", b"0", report(active_nodes={"headgroup": 1}), True),  # KubeRay with the first version
+        ("headgroup", b"1", None, True),  # the second version
+        (None, b"1", report(active_nodes={WATCHED: 1}), False),  # the second version watches
+        ("headgroup", b"0", None, True),  # it has not reported yet
+        ("headgroup", b"0", json.dumps({"time": 1}), True),
+    ],
+)
+def test_an_autoscaler_is_known_by_its_mark_or_by_its_report(monkeypatch, group, second, status, expected):
+    labels = {} if group is None else {"ray.io/node-group": group}
+    store = {"__autoscaling_status": status, ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY: second}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Labels": {}}, {"Labels": labels}])
+    monkeypatch.setattr(pipeline.cluster, "_internal_kv_get", lambda key, namespace=None: store[key])
+    assert grows() == expected
+
+
+# ------------------------------------------------------------------------------------------------------ its start
+
+
+@pytest.fixture
+def embedded(monkeypatch, tmp_path) -> list[dict]:
+    """Ray is not started; the options that it would be started with."""
+    started: list[dict] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(pipeline.run, "session_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(ray, "init", lambda address, **options: started.append(options))
+    return started
+
+
+def test_a_ray_that_does_not_start_is_one_line_that_names_its_logs(embedded, monkeypatch, tmp_path):
+    def too_late(address: str, **options) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen ...")  # it has no class
+
+    monkeypatch.setattr(ray, "init", too_late)
+    with pytest.raises(ClusterError, match=f"could not be started.*timed out during startup.*{tmp_path}") as refused:
+        connect()
+    assert "\n" not in str(refused.value)
+
+
+def test_without_shared_memory_objects_lie_in_rays_folder(embedded, monkeypatch, tmp_path):
+    connect()
+    monkeypatch.setattr(pipeline.run, "_SHARED_MEMORY", tmp_path / "none")
+    connect()
+    assert [options.get("_plasma_directory") for options in embedded] == [None, str(tmp_path)]
+
+
+def test_an_address_that_has_answered_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def answer(address: str, host: str, port: int, failures: list[str]) -> None:
+        asked.append(address)
+        failures.clear()
+
+    monkeypatch.setattr(pipeline.cluster, "_ask", answer)
+    monkeypatch.setenv("RAY_ADDRESS", "once.example:6379")
+    check_address()
+    check_address()
+    monkeypatch.setenv("RAY_ADDRESS", "other.example:6379")
+    check_address()
+    assert asked == ["once.example:6379", "other.example:6379"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_folder_on_a_full_disk_is_none_for_ray(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp/d")
+    temporary = pipeline.cluster.TemporaryFile
+
+    def of_full_disk(dir: Path, **options):
+        return open("/dev/full", "wb", 0) if dir == Path("/tmp/d/ray") else temporary(dir=dir, **options)
+
+    monkeypatch.setattr(pipeline.cluster, "TemporaryFile", of_full_disk)
+    assert session_folder().startswith("/tmp/ray")

@@ -3,9 +3,17 @@
 import os
 from pathlib import Path
 
+import av
+import cv2
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
-from pipeline.cpus import usable_cpus
+from ditflow import video
+from pipeline.cpus import limit_threads, usable_cpus
+from pipeline.job import Job, Output, Resources
+from pipeline.stages.attempt import Desk
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +58,42 @@ def test_quotas_of_cgroup_version_1_count(tmp_path, path):
     files = {"cpu,cpuacct__cfs_quota_us": "150000", "cpu,cpuacct__cfs_period_us": "50000"}
     assert cpus(tmp_path, f"5:memory:/x\n4:cpu,cpuacct:{path}\n0::/", **files) == 3
     assert cpus(tmp_path, f"4:cpu,cpuacct:{path}", **{"cpu,cpuacct__cfs_quota_us": "-1"}) == 8
+
+
+# ----------------------------------------------------------------------------------------------- threads of libraries
+
+
+@pytest.fixture
+def _threads_as_before():
+    before = torch.get_num_threads(), cv2.getNumThreads(), pa.cpu_count(), video.decoder_threads
+    yield
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+    pa.set_cpu_count(before[2])
+    video.decoder_threads = before[3]
+
+
+@pytest.mark.usefixtures("_threads_as_before")
+def test_no_library_has_more_threads_than_it_may(tmp_path):
+    torch.set_num_threads(3)
+    cv2.setNumThreads(1)
+    pa.set_cpu_count(8)
+    limit_threads(2)
+    assert (torch.get_num_threads(), cv2.getNumThreads(), pa.cpu_count()) == (2, 1, 2)
+    assert decoder_threads_of(tmp_path) == 2
+
+
+@pytest.mark.usefixtures("_threads_as_before")
+def test_every_stage_has_the_threads_of_its_job(tmp_path):
+    pa.set_cpu_count(8)
+    job = Job("synthesize", "test", Output(str(tmp_path)), resources=Resources(threads=3))
+    Desk(job, "read")
+    assert pa.cpu_count() == 3
+    assert decoder_threads_of(tmp_path) == 3
+
+
+def decoder_threads_of(folder: Path) -> int:
+    """The threads that a decoder of references has."""
+    video.write_video(folder / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=8)
+    with av.open(str(folder / "clip.mp4")) as container:
+        return video._Video("clip.mp4", container, 16 * 16)._stream.codec_context.thread_count

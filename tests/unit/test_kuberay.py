@@ -3,6 +3,8 @@
 import copy
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,3 +406,16 @@ def test_a_request_that_cannot_be_met_is_refused_with_what_is_valid(arguments, s
 def test_a_cluster_that_does_not_answer_is_told():
     (said,) = errors_of(ditflow("submit", NIGHTLY, "--address", "http://127.0.0.1:9", status=1))
     assert "http://127.0.0.1:9" in said
+
+
+def test_kubectl_gets_utf_8_on_every_terminal(tmp_path):
+    """The prompts of a spec are in the manifests."""
+    (tmp_path / "kubectl").write_text(f"#!/bin/sh\ncat > {tmp_path / 'applied'}\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    code = (
+        "from types import SimpleNamespace; from jobs.launch import _kubectl; "
+        "_kubectl(['apply'], [{'prompt': 'a y\\u00e9llow st\\u00e4r'}], SimpleNamespace(context=None))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], env=ascii_only, check=True)
+    assert "a yéllow stär" in (tmp_path / "applied").read_text(encoding="utf-8")

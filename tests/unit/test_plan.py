@@ -1087,3 +1087,13 @@ def test_a_table_may_hold_signed_addresses_and_have_one(signed, local_job, local
     write_table(Store(str(tmp_path / "web")), "pairs.csv", {"reference": [signed("valid")], "prompt": ["x"]})
     job = replace(local_job, pairing=Table(signed("valid", "pairs.csv")), seeds=(1,))
     assert [row.reference.uri for row in plan(job).todo] == [signed("").split("?")[0]]
+
+
+def test_addresses_that_are_written_down_alike_make_a_row_each(signed, local_job):
+    uris = tuple(signed(signature) for signature in ("valid&id=1", "gone&id=1", "gone&id=2"))
+    references = replace(local_job.references, uri=uris)
+    job = replace(local_job, references=references, prompts=("a ball",), seeds=(1,))
+    read, *unread = plan(job).todo
+    assert [row.reference.sha256 for row in unread] == [None, None]
+    assert len({row.row_id for row in (read, *unread)}) == len({row.motion_id for row in (read, *unread)}) == 3
+    assert plan(job).todo == [read, *unread], "nothing that was remembered of one is taken for another"

@@ -136,3 +136,11 @@ def test_a_run_that_was_refused_before_its_first_row_says_no_progress(clock, loc
     with pytest.raises(ValueError, match="refused"), progress(clock, local_store) as shown:
         raise ValueError("refused")
     assert said(shown) == ""
+
+
+def test_a_terminal_that_takes_no_commands_gets_lines(clock, local_store):
+    screen = Screen(file=io.StringIO(), force_terminal=True, width=200, soft_wrap=True, _environ={"TERM": "dumb"})
+    with RowProgress("job", 2, screen, local_store, (), clock) as shown:
+        clock.now += LINE_EVERY_S
+        shown.show(row(clock))
+        assert said(shown).startswith("job: 1/2 rows")

@@ -14,6 +14,7 @@ import yaml
 from ditflow import backbones
 from ditflow.mini import mini_folder
 from ditflow.video import write_video
+from jobs.cli import _print_plan
 from jobs.spec import load_spec
 from pipeline.job import Job
 from pipeline.plan import make_plan
@@ -98,3 +99,29 @@ def test_transfer_warns_of_a_prompt_that_is_too_long(tmp_path, prompt, warned):
     done = subprocess.run([*command, "-o", str(tmp_path / "out.mp4")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("tokens, of which the model reads 32" in done.stderr) == warned
+
+
+def test_plan_warns_of_every_text_that_the_encoder_cuts(tmp_path, capsys):
+    learns = {"name": "ditflow", "optimize": "position", "zero_shot": True, "learn_with": LONG, "more_prompts": [LONG]}
+    references = {"uri": str(tmp_path / "ref.mp4"), "frames": 9, "height": 32, "width": 32}
+    write_video(tmp_path / "ref.mp4", np.zeros((9, 32, 32, 3), np.uint8), fps=8)
+    sampling = {"steps": 1, "guidance_scale": 2.0, "negative_prompt": ENDS[0]}
+    ready = load_spec(spec(tmp_path, [SHORT], method=learns, sampling=sampling, references=references))
+    planned = make_plan(ready.job, ready.model.revision)
+    assert planned.other_texts(ready.job) == {
+        "learn_with": {LONG},
+        "more_prompts": {LONG},
+        "sampling.negative_prompt": {ENDS[0]},
+    }
+    assert _print_plan(ready, planned) == 0, "no prompt of a row is cut"
+    said = capsys.readouterr().err
+    for key in ("learn_with", "more_prompts", "sampling.negative_prompt"):
+        assert f"warning: 1 of 1 texts of {key} are longer than the 32 tokens that the model reads" in said
+
+
+def test_texts_that_nothing_reads_are_none(tmp_path):
+    write_video(tmp_path / "ref.mp4", np.zeros((9, 32, 32, 3), np.uint8), fps=8)
+    references = {"uri": str(tmp_path / "ref.mp4"), "frames": 9, "height": 32, "width": 32}
+    sampling = {"steps": 1, "guidance_scale": 1.0, "negative_prompt": LONG}
+    ready = load_spec(spec(tmp_path, [SHORT], method={"name": "ditflow"}, sampling=sampling, references=references))
+    assert make_plan(ready.job, ready.model.revision).other_texts(ready.job) == {}

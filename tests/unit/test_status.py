@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.status import lines, show_status
+from jobs.streams import _outliving
 from jobs.table import Screen
 from pipeline.faults import Ledger
 from pipeline.lease import Holder, Lease
@@ -347,3 +348,12 @@ def test_a_damaged_marker_is_named_by_its_file(local_store, change):
     for look in (Watch(local_store).look, lambda: longest_at_work(local_store, 0.0)):
         with pytest.raises(StoreDamagedError, match=r"attempts/r/001\.json \([0-9]+ bytes\) is damaged"):
             look()
+
+
+def test_a_watch_ends_when_nobody_reads_it_any_more(local_store):
+    begin(local_store)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Lease(local_store), os.fdopen(writing, "w") as pipe:
+        screen = Screen(file=_outliving(pipe), width=200)
+        show_status(local_store, screen, as_json=False, every_s=1.0, sleep=lambda _: pytest.fail("it goes on"))

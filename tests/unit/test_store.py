@@ -481,14 +481,39 @@ def test_what_an_address_says_of_its_server_counts_as_little_as_an_option(monkey
 
 
 @pytest.mark.parametrize(
-    "name", ["key", "secret", "token", "password", "Secret", "aws_secret_access_key", "Authorization", "sas_token"]
-)
+    "name",
+    [
+        "key", "secret", "token", "password", "Secret", "aws_secret_access_key", "Authorization", "sas_token",
+        "passphrase", "secret_key", "X-Auth-Token", "SSECustomerKey", "Set-Cookie", "auth", "connection_string",
+        "aws_access_key_id",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
 def test_credentials_among_the_options_are_refused_by_name_without_their_value(name, nested):
     options = {name: "s3cr3t-value"}
     with pytest.raises(StoreError, match=f"hold the credentials {name}") as caught:
         Store("s3://bucket/run", {"client_kwargs": options} if nested else options)
     assert "s3cr3t-value" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config_kwargs": {"proxies": {"https": "http://me:s3cr3t@proxy:3128"}}},
+        {"mirrors": ["https://me:s3cr3t@host"]},
+        {"hosts": [{"token": "s3cr3t"}]},
+        {"headers": {"X-Api-Version": "Bearer s3cr3t-value"}},
+    ],
+)
+def test_credentials_at_any_depth_of_the_options_are_refused(options):
+    with pytest.raises(StoreError, match="hold the credentials") as caught:
+        Store("s3://bucket/run", options)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_options_that_are_no_credentials_are_taken():
+    options = {"anon": True, "token": None, "config_kwargs": {"signature_version": "s3v4"}, "user": "hdfs"}
+    Store("s3://bucket/run", {**options, "endpoint_url": "https://host:9000", "SSEKMSKeyId": "arn:aws:kms:x"})
 
 
 def test_credentials_in_an_s3_uri_are_refused_without_showing_them():
@@ -507,6 +532,8 @@ LEAKS = [
     "https://host/a.mp4?X-Amz-Credential={}&x=1", "https://host/a.mp4?x=1&X-Amz-Signature={}",
     "https://host/a?X-Amz-Security-Token={}", "https://host/a?AWSAccessKeyId=A&Signature={}",
     "https://host/a?sv=1&sig={}", "https://host/a?unknown-name={}", "https://user:p@{}@host/a",
+    "DefaultEndpointsProtocol=https;AccountName=x;AccountKey={};", "Cookie: session={}", "sas_token={}",
+    "passphrase={}", "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
 ]  # fmt: skip
 
 
@@ -522,6 +549,15 @@ def test_access_key_ids_and_the_environments_secrets_are_redacted_wherever_they_
     monkeypatch.setenv("MY_SERVICE_TOKEN", "tok-1234567")
     text = redact(f"signing with AKIAIOSFODNN7EXAMPLE over {SECRET} gave tok-1234567 and hf_abcdefghijklmnopqrst")
     assert text == "signing with *** over *** gave *** and ***"
+    for known in ("ghp_" + 36 * "a", "glpat-" + 20 * "b", "ya29." + 30 * "c", f"eyJ{9 * 'd'}.eyJ{9 * 'e'}.{9 * 'f'}"):
+        assert redact(f"got {known} there") == "got *** there"
+
+
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_CONNECTION_STRING", "STORAGE_KEY", "ZIP_PASSPHRASE", "BLOB_SAS"])
+def test_values_of_secret_variables_are_redacted_and_the_current_folder_is_none(monkeypatch, name):
+    monkeypatch.setenv(name, "lemon-1234567")
+    monkeypatch.setenv("PWD", "/data/folder")
+    assert redact("lemon-1234567 in /data/folder") == "*** in /data/folder"
 
 
 @pytest.mark.parametrize(
@@ -813,6 +849,13 @@ def test_a_refused_object_does_not_blame_the_credentials(s3, s3_store):
         ("https://user:p@ss@host:8/a@b.mp4?t=1#f", "https://host:8/a@b.mp4"),
         ("simplecache::https://user@host/a.mp4?sig=x", "simplecache::https://host/a.mp4"),
         ("sftp://me:secret@host/a?b.mp4", "sftp://host/a?b.mp4"),
+        (
+            "abfss://container@account.dfs.core.windows.net/a.mp4",
+            "abfss://container@account.dfs.core.windows.net/a.mp4",
+        ),
+        ("az://container/a.mp4?sv=1&sig=x", "az://container/a.mp4"),
+        ("webdav://host/a.mp4?token=x", "webdav://host/a.mp4"),
+        ("s3://bucket/a.mp4?versionId=x", "s3://bucket/a.mp4?versionId=x"),
         ("s3://bucket/q?x=1&y#z@w.mp4", "s3://bucket/q?x=1&y#z@w.mp4"),
         ("file:///a/q?x@y#z%20.mp4", "file:///a/q?x@y#z%20.mp4"),
         ("file:///a/caf\udce9 %.mp4", "file:///a/caf%E9 %25.mp4"),

@@ -134,3 +134,56 @@ output: {{uri: s3://bucket/out}}
     printed = subprocess.run(command, env=ASCII, capture_output=True)
     assert printed.returncode == 0, printed.stderr
     assert ACCENTED in printed.stdout.decode()
+
+
+SHOWS = """
+import sys
+from jobs.streams import ending_with_output, prepare
+
+prepare()
+with ending_with_output():
+    print("begun", flush=True)
+    sys.stdin.readline()
+    print("a line" * 100_000)
+print("not reached", file=sys.stderr)
+"""
+
+
+def show(**streams) -> subprocess.Popen:
+    """A command whose output is all that it is for."""
+    command = [sys.executable, "-c", SHOWS]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **streams)
+
+
+def test_a_command_that_only_shows_ends_without_a_word_when_nobody_reads(tmp_path):
+    shown = show(stdout=subprocess.PIPE)
+    assert shown.stdout.readline() == "begun\n"
+    shown.stdout.close()
+    _, messages = shown.communicate("go on\n")
+    assert (shown.returncode, messages) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_command_that_only_shows_says_that_the_disk_is_full():
+    with open("/dev/full", "w") as full:
+        _, messages = (shown := show(stdout=full)).communicate("go on\n")
+    assert (shown.returncode, messages) == (
+        1,
+        "error: standard output cannot be written to: No space left on device\n",
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_messages_that_cannot_be_written_end_no_command():
+    code = "import sys; from jobs.streams import prepare; prepare(); print('x', file=sys.stderr); print('done')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
+
+
+@pytest.mark.parametrize("columns", ["0", "00", " "])
+def test_a_width_of_nothing_hides_no_message(columns):
+    code = "from jobs.cli import screen; screen.print('a message')"
+    environment = {**os.environ, "COLUMNS": columns}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert shown.stderr == "a message\n"
