@@ -8,7 +8,6 @@ or that finds a higher number, has lost it and must stop.
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import re
@@ -257,9 +256,11 @@ class Lease:
             return
         self._lost = reason
         event("lease_lost", ERROR, number=self._holder.number, reason=reason)
-        # Shells start background processes with SIGINT ignored; then nobody would be interrupted by it.
+        # Shells start background processes with SIGINT ignored; then nobody would be interrupted by it. A real signal,
+        # unlike `_thread.interrupt_main`, also ends what the main thread waits for.
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
-        _thread.interrupt_main(handled[0] if handled else signal.SIGINT)
+        if handled and (main := threading.main_thread().ident) is not None:
+            signal.pthread_kill(main, handled[0])
 
 
 def _numbers(keys: Iterable[str]) -> list[int]:
