@@ -668,7 +668,7 @@ class Store:
         parts, root = key.split("/"), self._at("")[1]
         return any(os.path.islink(os.path.join(root, *parts[:count])) for count in range(1, len(parts) + 1))
 
-    def unfinished(self) -> list[str]:
+    def unfinished(self) -> Sequence[str]:
         """Return what writers that died have left: keys of temporary files, or of parts of uploads.
 
         In a folder that nobody writes into. Symbolic links are not followed.
@@ -696,7 +696,7 @@ class Store:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(uploads)
 
-    def _uploads(self, fs: Any, root: str) -> list[Any]:
+    def _uploads(self, fs: Any, root: str) -> Sequence[Any]:
         """Return the uploads below the root that were begun and not completed."""
         bucket, folder, _ = fs.split_path(root)
         return [one for one in fs.list_multipart_uploads(bucket) if one["Key"].startswith(f"{folder}/")]
