@@ -1056,6 +1056,7 @@ def hopping(answer):
     """Redirect to the same address, again and again."""
     answer._headers_buffer = [b"HTTP/1.1 302 Found\r\n"]
     answer.send_header("Location", answer.path)
+    answer.send_header("Connection", "close")
     answer.send_header("Content-Length", "0")
     answer.end_headers()
 
