@@ -102,7 +102,8 @@ def test_transfer_warns_of_a_prompt_that_is_too_long(tmp_path, prompt, warned):
 
 
 def test_plan_warns_of_every_text_that_the_encoder_cuts(tmp_path, capsys):
-    learns = {"name": "ditflow", "optimize": "position", "zero_shot": True, "learn_with": LONG, "more_prompts": [LONG]}
+    learns = {"name": "ditflow", "optimize": "position", "guided_steps": 1, "zero_shot": True}
+    learns |= {"learn_with": LONG, "more_prompts": [LONG]}
     references = {"uri": str(tmp_path / "ref.mp4"), "frames": 9, "height": 32, "width": 32}
     write_video(tmp_path / "ref.mp4", np.zeros((9, 32, 32, 3), np.uint8), fps=8)
     sampling = {"steps": 1, "guidance_scale": 2.0, "negative_prompt": ENDS[0]}
@@ -123,5 +124,7 @@ def test_texts_that_nothing_reads_are_none(tmp_path):
     write_video(tmp_path / "ref.mp4", np.zeros((9, 32, 32, 3), np.uint8), fps=8)
     references = {"uri": str(tmp_path / "ref.mp4"), "frames": 9, "height": 32, "width": 32}
     sampling = {"steps": 1, "guidance_scale": 1.0, "negative_prompt": LONG}
-    ready = load_spec(spec(tmp_path, [SHORT], method={"name": "ditflow"}, sampling=sampling, references=references))
+    ready = load_spec(
+        spec(tmp_path, [SHORT], method={"name": "ditflow", "guided_steps": 1}, sampling=sampling, references=references)
+    )
     assert make_plan(ready.job, ready.model.revision).other_texts(ready.job) == {}
