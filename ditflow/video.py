@@ -10,6 +10,7 @@ import io
 import math
 import os
 import secrets
+import stat
 import struct
 import tempfile
 from collections import Counter, deque
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -48,19 +49,28 @@ decoder_threads = 0
 """Threads of each decoder; 0: FFmpeg's choice, one for each CPU on which the process may run."""
 _BT709 = 1
 _UNSPECIFIED = 2
+_NO_MATRIX = {0, 3}
+"""RGB and a reserved number: files say so of YUV by mistake, and mean no more by it than by saying nothing."""
+_MATRICES = {0, 1, 2, 3, 4, 5, 6, 7, 9}
+"""How YUV is made of RGB (H.273), where it can be undone: not YCgCo, constant luminance and the like."""
 _LIMITED_RANGE = 1
 _HDR = {16: "PQ", 18: "HLG"}
 """Transfer characteristics of high dynamic range."""
+_TRANSPARENT = "transparent: shown as if it were opaque"
 Deinterlacing = Literal["bwdif", "off"]
 _BROADCAST = {"mpegts", "mpeg"}
 """Formats that are cut and joined anywhere; what is a keyframe is found by looking into the pictures."""
-_WITHOUT_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo", "obu"}
-"""Formats whose frames have no times of their own: they state one rate, and a decoder guesses the times from it."""
+_WITHOUT_TIMES = {"avi", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"}
+"""Formats whose frames have no times of their own: they count packets at one rate, and decoders guess from these."""
+_RAW = _WITHOUT_TIMES - {"avi"}
+"""Formats that are nothing but coded pictures."""
 _JOINT_S = 1.0
-"""A transport stream has a time stamp every 0.7 seconds: a longer gap is where two were joined.
-So is a step back by half of this: by less, segments of one recording overlap."""
+"""Where several transport streams were joined, their clock steps back by half of this or more (by less, segments of one
+recording overlap); or forward by more, beside a packet that is incomplete: a recording may stand still so long."""
 _NEAR_JOINT = 3
 """Packets between one that the joint cut off and the joint: parsers are late by a picture or two."""
+_EVEN_S = 1e-3
+"""How much gaps between frames differ by being rounded."""
 _PAUSE = 2.5
 """How many times longer than usual a frame is shown where a video stands still."""
 _FORMATS = (
@@ -73,6 +83,8 @@ _NO_PROTOCOL = "none"
 _MOST_STREAMS = 100
 """Each stream of a file costs a decoder and its buffers while the file is opened."""
 _MOST_BOXES = 1000
+_START = 2**22
+"""How much of a file is looked at to say what it is."""
 _STILL_BRANDS = {b"heic", b"heix", b"mif1", b"avif"}
 _RATES = (1e-3, 1e4)
 """Frames per second that a video can have: from one in a quarter of an hour to a high-speed camera's."""
@@ -158,9 +170,9 @@ def read_video(
 
     Each picture is turned upright (rotation and mirroring of the display matrix) and then fitted: `crop` keeps the
     largest centred part that has the asked shape, pixel aspect ratio included, so directions of motion stay true;
-    `stretch` squeezes the whole picture in. Alpha is dropped; HDR is not tone-mapped. Damage is an error where the
-    decoder notices it: headers, missing data, broken syntax. Changed bytes inside a picture can decode to plausible
-    wrong pixels, since most codecs carry no checksum.
+    `stretch` squeezes the whole picture in. Alpha is dropped and HDR not tone-mapped, with a note. Damage is an error
+    where the decoder notices it: headers, missing data, broken syntax. Changed bytes inside a picture can decode to
+    plausible wrong pixels, since most codecs carry no checksum.
 
     `source` is a local path (never a URL), or the file's bytes, which errors then call `name`. Only one unscaled
     picture is held at a time (of interlaced videos a few), and decoding stops with the last wanted frame: a video of a
@@ -239,6 +251,7 @@ class _Video:
         self.decoded = 0
         self._notes: dict[str, None] = {}
         self._skipped: Counter[str] = Counter()
+        self._ticks: list[int | None] = []
         self._container = container
         self._max_pixels = max_pixels
         self._stream = _video_stream(name, container)
@@ -249,11 +262,17 @@ class _Video:
 
     def rate(self, times: Sequence[float | None], stride: int) -> float:
         """Frames per second of the frames at these times, each `stride` frames after the one before."""
-        stated = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
+        raw = self._container.format.name in _RAW
+        # The guess is the rate that the pictures state; FFmpeg's average is 25 where there is no container.
+        rates = [self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate]
+        stated = (raw and rates[1]) or next(filter(None, rates), None)
+        if raw and not self._stream.codec_context.framerate:
+            self._notes[f"frame rate: the file states none; taken as {float(stated or 0):.6g} frames per second"] = None
         known = [time for time in times if time is not None and math.isfinite(time)]
-        told = len(known) == len(times) and self._container.format.name not in _WITHOUT_TIMES
-        gaps = np.diff(known) if told else np.zeros(0)
-        usual = gaps[(gaps > 0) & (gaps <= _PAUSE * np.median(gaps))] if len(gaps) else gaps
+        gaps = np.diff(known) if len(known) == len(times) else np.zeros(0)
+        # Clocks that are coarser than the frames give some of them one time.
+        most = _PAUSE * np.median(gaps[gaps > 0]) if np.any(gaps > 0) else -1
+        usual = gaps[(gaps >= 0) & (gaps <= most)]
         if left_out := len(gaps) - len(usual):
             self._notes[f"pauses and joints between used frames, left out of their rate: {left_out}"] = None
         wanted = stride * np.arange(1, len(usual) + 1)
@@ -261,9 +280,10 @@ class _Video:
             return self._checked(stated and float(stated)) / stride
         measured = self._checked(float(f"{stride / np.mean(usual):.6g}")) / stride
         said = f"{float(stated):.6g} frames per second" if stated else "no frame rate"
+        uneven = np.ptp(usual) > max(_EVEN_S, 2 * float(self._stream.time_base or 0))
         self._notes[
-            f"variable frame rate: {measured:.6g} frames per second, by the used frames' own times, which are "
-            f"{min(usual):.3g} to {max(usual):.3g} s apart; the file states {said}"
+            f"{'variable frame rate' if uneven else 'frame rate'}: {measured:.6g} frames per second, by the used "
+            f"frames' own times, which are {min(usual):.3g} to {max(usual):.3g} s apart; the file states {said}"
         ] = None
         return measured
 
@@ -317,22 +337,25 @@ class _Video:
         """Frames as they are coded, of one recording after the other where several were joined."""
         recording = _Recording()
         for packet, following in _with_following(self._container.demux(self._stream), _NEAR_JOINT):
-            if self._is_joint(recording, packet):
+            torn = recording.torn or any(one.is_corrupt for one in (packet, *following))
+            if self._has_joint([recording.last, packet.dts], torn):
                 for frame in self._stream.codec_context.decode(None):
                     frame.time_base = self._stream.time_base
                     if not frame.is_corrupt:
                         yield frame
                 self._stream.codec_context.flush_buffers()
                 recording = _Recording(joined=True)
-            if packet.size == 0:  # the end
-                yield from self._decode_packet(packet)
+            if packet.size == 0:
+                if packet.dts is None:  # the end; else nothing new is shown, and a decoder would take it for the end
+                    yield from self._timed(self._decode_packet(packet))
                 continue
             recording.add(packet)
-            if any(self._is_joint(recording, one) for one in following):
+            if self._has_joint([recording.last, *(one.dts for one in following)], torn):
                 self._skipped["at a joint of two recordings"] += 1  # what is cut off may decode to anything
                 continue
             if recording.waits and self._container.format.name in _BROADCAST:
                 continue
+            self._ticks.append(packet.dts)
             cut_off = packet.is_corrupt and any(one.is_keyframe for one in following)
             try:
                 if packet.is_corrupt and not cut_off:
@@ -340,20 +363,34 @@ class _Video:
                 frames = self._decode_packet(packet)
             except (CorruptVideoError, av.FFmpegError):
                 broken = self._container.format.name in _BROADCAST and not recording.settled
-                if not (cut_off or broken or recording.may_fail(packet)):
+                has_times = self._container.format.name not in _WITHOUT_TIMES
+                if not (cut_off or broken or recording.may_fail(packet, has_times)):
                     raise
                 self._skipped["at a joint of two recordings"] += cut_off
+                recording.failed += not cut_off and not recording.settled
                 recording.waits |= packet.is_keyframe and not recording.settled
                 continue
             if frames and not recording.settled:
                 where = "at a joint of two recordings" if recording.joined else "before the first that can be decoded"
                 self._skipped[where] += recording.settle(frames[0].pts)
-            yield from frames
+                del self._ticks[: recording.failed]
+            yield from self._timed(frames)
 
-    def _is_joint(self, recording: _Recording, packet: Any) -> bool:
-        if self._container.format.name not in _BROADCAST or packet.dts is None or recording.last is None:
+    def _has_joint(self, times: Sequence[int | None], torn: bool) -> bool:
+        """Whether recordings meet between packets of these times. torn: whether a packet near them is incomplete."""
+        if self._container.format.name not in _BROADCAST:
             return False
-        return not -_JOINT_S / 2 <= (packet.dts - recording.last) * packet.time_base <= _JOINT_S
+        known = [time for time in times if time is not None]
+        steps = [(after - before) * self._stream.time_base for before, after in pairwise(known)]
+        return any(step < -_JOINT_S / 2 or (torn and step > _JOINT_S) for step in steps)
+
+    def _timed(self, frames: list[Any]) -> list[Any]:
+        """Give frames that have no times of their own those of the packets, in which they come as evenly."""
+        ticks, self._ticks = self._ticks[: len(frames)], self._ticks[len(frames) :]
+        if self._container.format.name in _WITHOUT_TIMES:
+            for frame, tick in zip_longest(frames, ticks):
+                frame.pts = tick
+        return frames
 
     def _progressive(self, frames: Iterable[Any], deinterlace: Deinterlacing) -> Iterator[Any]:
         """Frames as they are up to the first interlaced one, then through a filter that alters only such frames."""
@@ -401,7 +438,8 @@ class _Video:
 
     def to_rgb(self, frame: Any) -> Picture:
         """The frame's picture as it is coded: not turned, not scaled."""
-        self._note_colours(frame)
+        self._see_to_colours(frame)
+        self._note_transparency(frame)
         # One converter for all frames, since each holds threads of its own.
         try:
             rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=int(_SCALER))
@@ -413,14 +451,33 @@ class _Video:
                 f"{self.name}: its {frame.format.name} pictures cannot be turned into RGB ({error}). Convert to H.264."
             ) from error
 
-    def _note_colours(self, frame: Any) -> None:
+    def _see_to_colours(self, frame: Any) -> None:
+        """Say how a frame's colours are coded where the file does not; VideoError for what cannot be read."""
         if frame.color_trc in _HDR:
             self._notes[f"high dynamic range ({_HDR[frame.color_trc]}): not tone-mapped"] = None
+        if frame.format.is_rgb:
+            return
+        if frame.colorspace not in _MATRICES:
+            raise UndecodableVideoError(
+                f"{self.name}: its colours are coded by matrix {frame.colorspace} of H.273 (8: YCgCo, 10: BT.2020 with "
+                "constant luminance, 14: ICtCp), which cannot be read here. Convert it "
+                "(ffmpeg -i IN -vf zscale=matrix=709 OUT.mp4)."
+            )
+        if frame.colorspace in _NO_MATRIX:
+            frame.colorspace = _UNSPECIFIED
         # As players do; FFmpeg's scaler takes BT.601 for whatever is not said, of any size.
         short, long = sorted((frame.width, frame.height))
-        if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb and (short > 576 or long >= 1280):
+        if frame.colorspace == _UNSPECIFIED and (short > 576 or long >= 1280):
             frame.colorspace = _BT709
             self._notes["colours: the file does not say which; read as BT.709, as is usual for high definition"] = None
+
+    def _note_transparency(self, frame: Any) -> None:
+        alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+        coded_apart = self._stream.metadata.get("alpha_mode") == "1"  # VP8 and VP9: a picture that is not decoded
+        if not (alpha or coded_apart) or _TRANSPARENT in self._notes:
+            return
+        if coded_apart or self._reformatter.reformat(frame, format="rgba").to_ndarray()[..., 3].min() < 255:
+            self._notes[_TRANSPARENT] = None
 
     def _raise_damaged(self, what: str, cause: Exception | None = None) -> NoReturn:
         raise CorruptVideoError(
@@ -438,6 +495,9 @@ class _Recording:
         self.waits = True
         """Whether no keyframe has come yet."""
         self.last: int | None = None
+        self.failed = 0
+        """Packets that could not be decoded before the first frame was."""
+        self._incomplete: deque[bool] = deque(maxlen=_NEAR_JOINT)
         self._begins = True
         self._cut = False
         self._keyframe: int | None = None
@@ -445,6 +505,7 @@ class _Recording:
 
     def add(self, packet: Any) -> None:
         """Take notice of the next packet."""
+        self._incomplete.append(packet.is_corrupt)
         if self._begins:
             self._begins, self._cut = False, not packet.is_keyframe
         self.last = self.last if packet.dts is None else packet.dts
@@ -453,15 +514,21 @@ class _Recording:
         if not self.settled and not packet.is_discard and packet.pts is not None:
             self._times.append(packet.pts)
 
-    def may_fail(self, packet: Any) -> bool:
+    @property
+    def torn(self) -> bool:
+        """Whether one of the last packets is incomplete."""
+        return any(self._incomplete)
+
+    def may_fail(self, packet: Any, has_times: bool) -> bool:
         """Whether a packet may need pictures from before the recording: it is shown before the first keyframe is."""
-        leading = None not in (packet.pts, self._keyframe) and packet.pts < self._keyframe
-        return leading or (self._cut and not self.settled)
+        if None in (packet.pts, self._keyframe) or not has_times:
+            return not self.settled
+        return packet.pts < self._keyframe or (self._cut and not self.settled)
 
     def settle(self, first: int | None) -> int:
         """Return how many frames should have been shown before the first one that was decoded."""
         self.settled = True
-        return 0 if first is None else sum(time < first for time in self._times)
+        return max(self.failed, 0 if first is None else sum(time < first for time in self._times))
 
 
 def _with_following(packets: Iterable[Any], count: int) -> Iterator[tuple[Any, list[Any]]]:
@@ -517,7 +584,12 @@ def _opened(source: str | Path | bytes, max_pixels: int, name: str | None = None
 
 
 def _file(source: str | Path | bytes) -> io.BufferedIOBase:
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    mode = os.stat(source).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a FIFO waits for its writer, perhaps for ever
+        raise UndecodableVideoError(f"{source}: it is no regular file. Write its content into one.")
+    return Path(source).open("rb")
 
 
 def _container(name: str, file: io.BufferedIOBase, max_pixels: int) -> Any:
@@ -572,6 +644,8 @@ def _probable_cause(file: io.BufferedIOBase) -> str:
     if not head:
         return "it is empty (0 bytes), as an interrupted download leaves it"
     boxes = _top_level_boxes(file)
+    if head.startswith(b"\xff\xd8\xff") and b"\xff\xd9\xff\xd8" in file.read(_START):
+        return "it is Motion JPEG without a container, which states no rate: ffmpeg -framerate RATE -i IN OUT.mp4"
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")):
         return "it is a still picture"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":

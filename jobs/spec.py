@@ -157,7 +157,9 @@ def _document(text: str, name: str) -> _Document:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise SpecError(f"{name}{line}: it is no YAML: {reason}") from error
+        quotes = re.search("alias|anchor|alphabetic|tag|cannot start any token", reason)
+        hint = ". Put a text that begins with * & ! % or @ into quotes; indent by blanks, not tabs" if quotes else ""
+        raise SpecError(f"{name}{line}: it is no YAML: {reason}{hint}") from error
 
 
 def _check_depth(text: str, name: str) -> None:
@@ -198,10 +200,15 @@ def _measure(node: Any, name: str, known: dict[int, tuple[int, int] | None]) -> 
 
 
 def _check_keys(node: Any, name: str) -> None:
-    """Refuse a key that stands twice in a mapping: the last one would win, without a word."""
+    """Refuse a key that stands twice in a mapping, of which the last one would win, and YAML 1.1's merging."""
     first: dict[str, int] = {}
     for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
         line = key.start_mark.line + 1
+        if key.value == "<<" and not key.style:
+            raise SpecError(
+                f"{name}:{line}: YAML 1.2 has no merge key <<. Write the keys out, or repeat a whole section by an "
+                "alias."
+            )
         if key.value in first:
             raise SpecError(
                 f"{name}:{line}: the key {key.value!r:.100} stands twice, first in line {first[key.value]}. Remove one."

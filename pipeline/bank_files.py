@@ -12,7 +12,7 @@ from typing import Any
 
 from ditflow.artifact import ArtifactError
 from ditflow.bank import MotionBank
-from pipeline.catalogue import ENDING, Catalogue
+from pipeline.catalogue import Catalogue, is_bank
 from pipeline.manifest import HASH_THREADS, Manifest, output_key
 from pipeline.store import Store, StoreCredentialsError, StoreError, StoreMissingError, absolute_uri
 from pipeline.waits import counted
@@ -35,21 +35,23 @@ def check_banks(uri: str, storage_options: dict[str, Any]) -> tuple[int, list[Ba
     manifest names and that are gone are problems too. Raises StoreMissingError if there is none, StoreError from the
     storage.
     """
-    banks, keys = _files(uri, storage_options)
+    banks, keys, closed = _files(uri, storage_options)
     recorded = _recorded(banks)
-    gone = [] if uri.endswith(ENDING) else sorted(recorded.keys() - set(keys))
+    gone = [] if is_bank(uri) else sorted(recorded.keys() - set(keys))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         checked = pool.map(lambda key: _problem(banks, key, recorded.get(key)), keys)
         read = counted(checked, "the banks to be checked", len(keys))
         problems = [problem for problem in read if problem is not None]
+    problems += [BankProblem(key, reason) for key, reason in closed.items()]
     return len(keys), [*problems, *(BankProblem(key, "it is gone: the manifest records it as ok") for key in gone)]
 
 
-def _files(uri: str, storage_options: dict[str, Any]) -> tuple[Store, list[str]]:
-    """The folder of the banks, and their keys in it."""
-    if not uri.endswith(ENDING):
+def _files(uri: str, storage_options: dict[str, Any]) -> tuple[Store, list[str], dict[str, str]]:
+    """The folder of the banks, their keys in it, and what in it cannot be listed."""
+    if not is_bank(uri):
         catalogue = Catalogue.at(uri, storage_options)
-        return catalogue.store, [key for key in catalogue.store.list() if key.endswith(ENDING)]
+        found, closed = catalogue.files()
+        return catalogue.store, [*found], closed
     whole = absolute_uri(uri)
     folder, separator, key = whole.rpartition(_FOLDER)
     if not separator:
@@ -57,7 +59,7 @@ def _files(uri: str, storage_options: dict[str, Any]) -> tuple[Store, list[str]]
     store = Store(folder + separator.rstrip("/"), storage_options)
     if not store.exists(key):
         raise StoreMissingError(f"there is no motion bank {whole}. Check its spelling.")
-    return store, [key]
+    return store, [key], {}
 
 
 def _recorded(banks: Store) -> dict[str, str]:

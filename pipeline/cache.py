@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ditflow.cache import cache_folder, go_on_without_cache
 from pipeline.job import Job
-from pipeline.store import Store, StoreMissingError, is_local
+from pipeline.store import Store, StoreMissingError, is_local, local_folder, local_path
 from pipeline.waits import counted
 
 _DOWNLOADS_AT_ONCE = 4
@@ -142,7 +142,7 @@ class NodeCache:
 def node_cache(job: Job) -> NodeCache:
     """Return the cache of this machine."""
     settings = job.resources.cache
-    folder = cache_folder() / "node" if settings.folder is None else Path(settings.folder).expanduser()
+    folder = cache_folder() / "node" if settings.folder is None else Path(local_folder(settings.folder))
     return NodeCache(folder, settings.max_bytes)
 
 
@@ -150,7 +150,7 @@ def local_model(job: Job) -> str:
     """Return the job's model as `ditflow.backbones` takes it: its path, or a copy of its folder on object storage."""
     path = job.model.path
     if "://" not in path or is_local(path):
-        return path.removeprefix("file://")
+        return local_path(path) if path.startswith(("file:", "local:")) else path
     return str(node_cache(job).folder_of(Store(path, job.storage_options, job.faults.storage_patience_s)))
 
 

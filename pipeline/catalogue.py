@@ -93,12 +93,18 @@ class Catalogue:
             store = Store(store.uri_of("banks"), storage_options, patience_s)
         return cls(store)
 
+    def files(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Return what the storage says of the files of banks, and the folders that cannot be listed with the reason."""
+        closed: dict[str, str] = {}
+        entries = self.store.entries(closed=closed)
+        return {key: entry for key, entry in entries.items() if is_bank(key)}, closed
+
     def read(self) -> Contents:
         """Return what the folder holds now. The index is left as it is.
 
         Raises StoreMissingError if there is no bank, StoreError from the storage.
         """
-        found = {key: entry for key, entry in self.store.entries().items() if key.endswith(ENDING)}
+        found, closed = self.files()
         if not found:
             raise StoreMissingError(f"there are no motion banks (*{ENDING}) in {self.store.uri}. Check its spelling.")
         index = self._index()
@@ -108,7 +114,7 @@ class Catalogue:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             read = counted(pool.map(lambda key: self._row(key, found[key]), new), "the banks to be read", len(new))
             outcomes = dict(zip(new, read, strict=True))
-        refused = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, str)}
+        refused = closed | {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, str)}
         rows = [*kept, *(outcome for outcome in outcomes.values() if not isinstance(outcome, str))]
         table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["id"], row["key"])), schema=SCHEMA)
         return Contents(table, refused, stale=not table.equals(index))
@@ -142,7 +148,8 @@ class Catalogue:
 
         name = self.store.uri_of(key)
         try:
-            start = self.store.read_start(key, _FIRST_BYTES) if entry.bytes else b""
+            readable = entry.bytes or entry.written is None
+            start = self.store.read_start(key, _FIRST_BYTES) if readable else b""
             if len(start) < header_end(start) <= min(entry.bytes, 8 + MOST_HEADER_BYTES):
                 start = self.store.read_start(key, header_end(start))
             row = _row_of(key, entry, MotionBank.read_header(start, name, entry.bytes))
@@ -162,9 +169,14 @@ def _unchanged(row: Mapping[str, Any], entry: Entry) -> bool:
     return (row["bytes"], row["created"]) == (entry.bytes, entry.written)
 
 
+def is_bank(key: str) -> bool:
+    """Whether a file is a bank by its name."""
+    return key.lower().endswith(ENDING)
+
+
 def bank_id(key: str) -> str:
     """Return the id of the bank in a file: its name without the ending, and without the folder `ab/` of `ab...`."""
-    return re.sub(r"^(..)/(?=\1)", "", key.removesuffix(ENDING))
+    return re.sub(r"^(..)/(?=\1)", "", key[: -len(ENDING)])
 
 
 def _row_of(key: str, entry: Entry, header: BankHeader) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
 from pipeline.manifest import RUN_KEY
-from pipeline.store import MOST_BYTES, Store, read_uri
+from pipeline.store import MOST_BYTES, Store, StoreError, local_folder, read_uri
 
 TAGS = "words without ';' and without spaces around them, of at most 100 characters"
 KINDS = ("extract", "synthesize", "build-bank", "reuse", "evaluate")
@@ -187,6 +187,11 @@ class Cache:
     max_bytes: int = 100 * 1024**3
 
     def __post_init__(self) -> None:
+        try:
+            if self.folder is not None:
+                local_folder(self.folder)
+        except StoreError as error:
+            raise SettingsError("folder", self.folder, f"a folder of this machine ({error})") from error
         if self.max_bytes < 0:
             raise SettingsError("max_bytes", self.max_bytes, "bytes, 0 or more")
 

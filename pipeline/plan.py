@@ -273,7 +273,7 @@ def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
 
 def _absolute(folders: Sequence[str], name: str) -> str:
     """A table may name files relative to the folder of the references or banks."""
-    if "://" in name or name.startswith("/") or len(folders) != 1:
+    if re.match(r"[A-Za-z0-9+.-]+://|file:|~?/", name) or len(folders) != 1:
         return absolute_uri(name)
     return absolute_uri(f"{folders[0].rstrip('/')}/{name}")
 
@@ -283,7 +283,8 @@ def _bank_uris(job: Job, names: Iterable[str]) -> dict[str, str]:
     if job.banks.chooses:
         raise PlanError("banks: a table of pairs names the banks itself: remove ids and where, or pairing")
     names, ending = list(names), PurePosixPath(job.banks.glob).suffix
-    uris = {name: _absolute(job.banks.uris, name) for name in names if name.split("?")[0].endswith(ending)}
+    addresses = {name: _absolute(job.banks.uris, name) for name in names}
+    uris = {name: uri for name, uri in addresses.items() if public_uri(uri).lower().endswith(ending.lower())}
     ids = [name for name in names if name not in uris]
     if not ids:
         return uris

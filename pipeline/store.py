@@ -5,7 +5,8 @@ that exactly one of several writers wins. Inputs go through the functions at the
 ...).
 
 URIs are written as fsspec reads them: `file:///folder/a b.mp4`, `s3://bucket/a b.mp4`, without
-percent-encoding. Credentials come from the environment or a profile only, never from options.
+percent-encoding; in local ones it is undone where only the decoded name exists. Credentials come from the
+environment or a profile only, never from options.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 import stat
 import time
+import unicodedata
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,14 +253,40 @@ def _store_error(action: str, uri: str, error: Exception) -> StoreError:
 
 
 def _where_to_look(uri: str) -> str:
-    path = uri.removeprefix("file://")
     if is_local(uri):
+        path = local_path(uri)
         link = f"It is a symbolic link to {os.readlink(path)!r}. " if os.path.islink(path) else ""
-        return f"{link}Check its spelling, and that its disk is mounted on this machine."
+        return f"{link}{_misspelt(uri)}Check its spelling, and that its disk is mounted on this machine."
     return (
         "Check its spelling and, on S3, that the bucket exists (buckets are never created here) and that "
         "AWS_ENDPOINT_URL names the intended server."
     )
+
+
+def _misspelt(uri: str) -> str:
+    """What is most likely wrong with an address that leads nowhere, as a sentence, or nothing."""
+    if found := _NOT_FILLED_IN.search(uri):
+        return f"It holds {found[0].lstrip('/')!r}, which is not filled in here. "
+    if _WINDOWS.search(uri):
+        return "It is a path of Windows, and this machine has none. "
+    if is_local(uri):
+        folder, name = os.path.split(local_path(uri))
+        with suppress(OSError):
+            if any(_is_spelt_like(other, name) for other in os.listdir(folder or "/") if other != name):
+                return (
+                    "There is a name that looks the same, of other Unicode characters (e with a combining accent, for "
+                    "one, as macOS writes it). Rename the file, or name it by a pattern. "
+                )
+    return ""
+
+
+def _is_spelt_like(name: str, other: str) -> bool:
+    return unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+
+
+_NOT_FILLED_IN = re.compile(r"\$[{(]|(?:^|/)\$[A-Za-z_]\w*|\{[^/{},]*\}|\{\{|<[^<>/]+>|^%\w+%|`|^~[^/]*(?=/|$)")
+"""What shells and templates fill in."""
+_WINDOWS = re.compile(r"(?:^|/)(?:[A-Za-z]:[\\/]|\\\\)")
 
 
 def _who_may(action: str, uri: str, code: str) -> str:
@@ -333,11 +361,11 @@ def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple
     protocol = _protocol(uri)
     with _translating("open", uri):
         if protocol in LOCAL_PROTOCOLS:
-            return fsspec.filesystem("file"), _local_path(uri)
+            return fsspec.filesystem("file"), local_path(uri)
         if protocol in S3_PROTOCOLS:
             return _open_s3(uri, options)
         # Not url_to_fs: it takes "::" for a chain of file systems, and has options from the address that count more.
-        kind = fsspec.get_filesystem_class(protocol)
+        uri, kind = _plain_scheme(uri), fsspec.get_filesystem_class(protocol)
         told = {name: value for name, value in kind._get_kwargs_from_urls(uri).items() if name in OPTIONS[protocol]}
         if "http" in kind.protocol:
             options["client_kwargs"] = {**_web_client(), **options.get("client_kwargs", {})}
@@ -387,14 +415,19 @@ def _open_s3(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     config = {**S3_CONFIG, **options.get("config_kwargs", {})}
     fs = fsspec.filesystem("s3", **{**defaults, **options, "config_kwargs": config})
     fs.retries = 1
-    return fs, fs._strip_protocol(uri)
+    return fs, fs._strip_protocol(_plain_scheme(uri))
+
+
+def _plain_scheme(uri: str) -> str:
+    """Return a URI with the name of its protocol in small letters, as file systems know it."""
+    return re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*(?=://)", lambda scheme: scheme[0].lower(), uri)
 
 
 def _protocol(uri: str) -> str:
     """Return the protocol of an address; `s3:`, which is none, of one that lacks its slashes."""
     protocol = split_protocol(uri)[0]
     if protocol is not None:
-        return protocol
+        return protocol.lower()
     start = re.match(r"([a-z][a-z0-9]+):", uri)
     if start is None or start[1] in LOCAL_PROTOCOLS or start[1] not in OPTIONS or os.path.lexists(uri):
         return "file"
@@ -424,14 +457,28 @@ def _refuse_as_root(uri: str) -> None:
             "that are read, by a job that is run here: a spec that goes to a cluster is kept there. Put them into a "
             "table on the storage, as pairing: {uri: s3://...}."
         )
-    variable = re.search(r"\$[{(]|(?:^|/)\$[A-Za-z_]\w*|\{\{|^~[^/]*(?=/|$)", uri)
-    if variable and not os.path.exists(os.path.expanduser(_LOCAL_SCHEME.sub("", uri))):
-        if variable[0].startswith("~") and not os.path.expanduser(variable[0]).startswith("~"):
-            return
+    wrong = _no_place(uri)
+    if wrong and not (uri.strip() and os.path.exists(os.path.expanduser(_LOCAL_SCHEME.sub("", uri)))):
         raise StoreError(
-            f"{_shown(uri)} holds {variable[0].lstrip('/')!r}, which is not filled in here, and would become a folder "
-            'of this name. Write the place itself, or let the shell do it: --set "output.uri=$OUT/run".'
+            f"{_shown(uri)} {wrong}. Write the place itself, a folder or s3://bucket/folder, or let the shell do it: "
+            '--set "output.uri=$OUT/run".'
         )
+
+
+def _no_place(uri: str) -> str:
+    """What a folder would get its name from that nobody means, or nothing."""
+    if not uri.strip():
+        return "is empty"
+    if uri != uri.strip() or re.search(r"[\x00-\x1f\x7f]", uri):
+        return "begins or ends with white space, or holds control characters"
+    if re.fullmatch(r"[a-z0-9]+:/*", uri, flags=re.IGNORECASE):
+        return "names no bucket or folder"
+    if _WINDOWS.search(uri):
+        return "is a path of Windows, and would become a folder of this name"
+    found = _NOT_FILLED_IN.search(uri)
+    if found is None or (found[0].startswith("~") and not os.path.expanduser(found[0]).startswith("~")):
+        return ""
+    return f"holds {found[0].lstrip('/')!r}, which is not filled in here, and would become a folder of this name"
 
 
 def _credential_keys(options: Mapping[str, Any], depth: int = 5) -> Iterator[str]:
@@ -536,7 +583,7 @@ class Store:
         check_address(uri, self.storage_options)
         _refuse_as_root(uri)
         self._local = _protocol(uri) in LOCAL_PROTOCOLS
-        self.uri = f"file://{os.path.abspath(_local_path(uri))}" if self._local else uri.rstrip("/")
+        self.uri = absolute_uri(uri).rstrip("/") if not self._local else absolute_uri(uri)
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -597,13 +644,16 @@ class Store:
         return {key: entry.bytes for key, entry in self.entries(prefix).items()}
 
     @_patient
-    def entries(self, prefix: str = "") -> dict[str, Entry]:
-        """Return what the storage's listing says of every object below `prefix`; see `sizes`."""
+    def entries(self, prefix: str = "", closed: dict[str, str] | None = None) -> dict[str, Entry]:
+        """Return what the storage's listing says of every object below `prefix`; see `sizes`.
+
+        closed: takes the local folders that cannot be listed, with the reason; without it they are an error.
+        """
         folder = prefix.rstrip("/")
         uri = self.uri_of(folder) if folder else self.uri
         with _translating("list", uri):
             fs, path = self._at(folder)
-            found = _files_below(fs, path)
+            found = _files_below(fs, path, closed)
         lead = f"{folder}/" if folder else ""
         return {lead + name: found[name] for name in sorted(found)}
 
@@ -941,15 +991,26 @@ def _is_local_fs(fs: Any) -> bool:
     return fs.protocol == ("file", "local")
 
 
-def _files_below(fs: Any, folder: str) -> dict[str, Entry]:
-    """Return size and time of every file below `folder` by its path relative to it; unsorted."""
+def _files_below(fs: Any, folder: str, closed: dict[str, str] | None = None) -> dict[str, Entry]:
+    """Return size and time of every file below `folder` by its path relative to it; unsorted. closed: see `entries`."""
     if not _is_local_fs(fs):
         return {name: Entry(info["size"], _written(info)) for name, info in _remote_entries(fs, folder).items()}
+
+    def on_error(error: OSError) -> None:
+        if closed is None or error.filename == folder:
+            _raise_unless_missing(error)
+        else:
+            closed[os.path.relpath(error.filename, folder)] = f"it cannot be listed: {error.strerror}"
+
     found = {}
-    for name in _walk_local(folder, _raise_unless_missing):
-        with suppress(FileNotFoundError):
+    for name in _walk_local(folder, on_error):
+        try:
             status = os.stat(os.path.join(folder, name))
             found[name] = Entry(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+        except FileNotFoundError:
+            continue
+        except OSError:  # a link to itself, for one: reading it says so
+            found[name] = Entry(0, None)
     return found
 
 
@@ -1015,26 +1076,36 @@ def is_local(uri: str) -> bool:
 
 
 def absolute_uri(uri: str) -> str:
-    """Return `uri` with its protocol, a local path made absolute.
+    """Return `uri` with its protocol, a local path made absolute."""
+    return f"file://{os.path.abspath(local_path(uri))}" if is_local(uri) else _plain_scheme(uri)
 
-    A local URI may be percent-encoded: where nothing has the name as it is written, `%20` is a blank.
+
+_LOCAL_SCHEME = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?)?", re.IGNORECASE)
+
+
+def local_path(uri: str) -> str:
+    """Return what a plain path, `file:///path`, `file://localhost/path` or `file:/path` names, from the root on.
+
+    A local URI may be percent-encoded: where nothing has a name as it is written, `%20` is a blank.
     """
-    if not is_local(uri):
-        return uri
-    path = os.path.abspath(_local_path(uri))
-    if "%" in path and _LOCAL_SCHEME.match(uri) and not os.path.lexists(path):
-        decoded = os.fsdecode(unquote_to_bytes(path))
-        path = decoded if "\0" not in decoded and os.path.lexists(decoded) else path
-    return f"file://{path}"
-
-
-_LOCAL_SCHEME = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?)?")
-
-
-def _local_path(uri: str) -> str:
-    """Return what a plain path, `file:///path`, `file://localhost/path` or `file:/path` names, from the root on."""
     path = os.path.join(os.getcwd(), os.path.expanduser(_LOCAL_SCHEME.sub("", uri, count=1)))
-    return path if ".." in path.split("/") else os.path.normpath(path)  # a/link/.. need not be a
+    path = path if ".." in path.split("/") else os.path.normpath(path)  # a/link/.. need not be a
+    if "%" not in path or not _LOCAL_SCHEME.match(uri):
+        return path
+    found = ""
+    for name in path.split("/"):
+        written, decoded = f"{found}{name}", f"{found}{os.fsdecode(unquote_to_bytes(os.fsencode(name)))}"
+        other = decoded not in (written, "") and "\0" not in decoded and not os.path.lexists(written)
+        found = f"{decoded if other and os.path.lexists(decoded) else written}/"
+    return found.removesuffix("/") or "/"
+
+
+def local_folder(uri: str) -> str:
+    """Return the path of a folder of this machine; StoreError for other places, and for what would become one."""
+    if not is_local(uri):
+        raise StoreError(f"{_shown(uri)} is no folder of this machine")
+    Store(uri)  # refuses what is no place
+    return local_path(uri)
 
 
 def public_uri(uri: str) -> str:
@@ -1241,14 +1312,16 @@ def list_uris(uri: str, glob: str = "*", storage_options: Mapping[str, Any] | No
         folder, pattern = (path, glob) if kind is not None else _split_pattern(fs, path)
         if pattern is None:
             raise StoreMissingError(
-                f"{_shown(uri)} does not exist: there is neither a file nor a folder of this name. Check its spelling."
+                f"{_shown(uri)} does not exist: there is neither a file nor a folder of this name. {_misspelt(uri)}"
+                "Check its spelling."
             )
         names = _matching(fs, folder if "s3" in fs.protocol else folder.rstrip("/"), pattern)
     if not names:
         brackets = "; a bracket that is part of a name is written [[]" if "[" in pattern else ""
+        braces = "; braces are no pattern: give a list of patterns" if re.search(r"\{.*,.*\}", pattern) else ""
         raise StoreMissingError(
-            f"no file matches {pattern!r} in {_shown(fs.unstrip_protocol(folder))}. Check the folder's "
-            f"spelling and the pattern: upper and lower case differ, '**/' reaches into subfolders{brackets}."
+            f"no file matches {pattern!r} in {_shown(fs.unstrip_protocol(folder))}. {_misspelt(uri)}Check the folder's "
+            f"spelling and the pattern: upper and lower case differ, '**/' reaches into subfolders{brackets}{braces}."
         )
     return [fs.unstrip_protocol(name) for name in sorted(names)]
 
@@ -1270,7 +1343,12 @@ def _split_pattern(fs: Any, path: str) -> tuple[str, str | None]:
 
 def _is_literal(fs: Any, step: str, path: str) -> bool:
     """Return whether a part of a pattern, which leads to `path`, is a name: no wildcards, or brackets of a folder."""
-    return not re.search(r"[*?\[]", step) or ("[" in step and _kind(fs, path) == "directory")
+    if not re.search(r"[*?\[]", step):
+        return True
+    try:
+        return "[" in step and _kind(fs, path) == "directory"
+    except OSError:  # of a folder that cannot be looked into, which listing it says
+        return False
 
 
 def _matching(fs: Any, folder: str, pattern: str) -> list[str]:
@@ -1285,8 +1363,8 @@ def _matching(fs: Any, folder: str, pattern: str) -> list[str]:
             return _names_below(fs, at, closed.append) if deep else _names_in(fs, at)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except PermissionError:
-            if at == folder:
+        except OSError as error:  # a loop of links, a dead mount, no permission
+            if at == folder or is_transient(error):
                 raise
             closed.append(at)
             return {}
@@ -1352,6 +1430,8 @@ def _is_named(name: str, pattern: str, last: bool = False) -> bool:
     """Return whether a name fits one part of a pattern. last: of a file, whose ending may be in capitals."""
     if name.startswith(".") and not pattern.startswith("."):
         return False
+    if not (name + pattern).isascii():
+        name, pattern = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", pattern)
     if name == pattern or fnmatchcase(name, pattern):
         return True
     (stem, _, ending), (stems, dot, endings) = name.rpartition("."), pattern.rpartition(".")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow
 import pyarrow.csv
@@ -135,12 +137,13 @@ def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
         prompt, category = row[table.column], row.get("category")
         if prompt in (None, ""):
             raise PlanError(f"prompts: row {number} of {table.uri} has no {table.column}: fill or remove it")
-        expected, fits = _TEXT
-        if not fits(prompt):
-            raise PlanError(
-                f"prompts: row {number} of {table.uri} has {table.column} {prompt!r:.200}: expected {expected}. "
-                "Bytes are what a column is read as that is no UTF-8."
-            )
+        for column, (expected, fits) in {table.column: _TEXT, "category": _OPTIONAL["category"]}.items():
+            if not fits(row.get(column)):
+                no_utf8 = (
+                    ". Bytes are what a column is read as that is no UTF-8" if isinstance(row[column], bytes) else ""
+                )
+                where = f"prompts: row {number} of {table.uri}"
+                raise PlanError(f"{where} has {column} {row[column]!r:.200}: expected {expected}{no_utf8}")
         prompts.append((prompt, category or None))
     return prompts
 
@@ -182,6 +185,10 @@ def _text(value: Any) -> Any:
             return value.decode()
         except UnicodeDecodeError:
             return value
+    if isinstance(value, _Written):
+        return value.text
+    if isinstance(value, float) and math.isnan(value):
+        return None  # how tables of numbers say that there is none
     return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
@@ -194,25 +201,42 @@ def _parquet(data: bytes, needed: set[str]) -> _Rows:
     rows = file.metadata.num_rows
     if rows > MOST_ROWS:
         raise pyarrow.ArrowInvalid(f"it has {rows} rows, expected at most {MOST_ROWS}. Split it, a job for each part")
-    table = file.read()
-    return table.column_names, table.to_pylist()
+    return _used(file.read(), needed)
+
+
+def _used(table: Any, needed: set[str]) -> _Rows:
+    """The rows of a table, without columns that nobody reads: Python has no values for all that these may hold."""
+    used = _TEXTS | _NUMBERS | needed
+    places = [place for place, name in enumerate(table.column_names) if name in used]
+    return table.column_names, table.select(places).to_pylist() if places else [{}] * table.num_rows
 
 
 def _csv(data: bytes, needed: set[str]) -> _Rows:
     """Read a CSV file, whose separator is the one that gives it the needed columns: spreadsheets differ."""
-    header = data.split(b"\n", 1)[0].decode("utf-8-sig", errors="replace").rstrip("\r")
-    names = {separator: next(csv.reader([header], delimiter=separator), []) for separator in ",;\t|"}
-    separator = next((one for one, found in names.items() if needed <= {name.strip() for name in found}), ",")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = (data if b"\n" in data else data.replace(b"\r", b"\n")).lstrip(b"\r\n")  # Macs once ended lines by CR
+    told = re.match(rb'"?sep=(.)"?\r?\n', data)  # as Excel writes
+    data = data[told.end() :] if told else data
+    start = data[:_MOST_HEADER_BYTES].decode(errors="replace")
+    names = {
+        one: next(csv.reader(io.StringIO(start, newline=""), delimiter=one), [])
+        for one in (told[1].decode() if told else ",;\t|")
+    }
+    fitting = [one for one, found in names.items() if needed <= {name.strip() for name in found}]
+    separator = [*fitting, *names][0]
     # As bytes, which nobody guesses a type of, and of which each that is no UTF-8 can be named.
     types = {name: pyarrow.binary() for name in names[separator] if name.strip() in _TEXTS | needed}
-    table = pyarrow.csv.read_csv(
-        io.BytesIO(data),
-        # Quoted values may go over several lines; without this they may not where two of the reader's blocks meet.
-        parse_options=pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types),
-    )
-    table = table.rename_columns([name.strip() for name in table.column_names])
-    return table.column_names, table.to_pylist()
+    try:
+        table = pyarrow.csv.read_csv(
+            io.BytesIO(data),
+            # Quoted values may go over several lines; without this they may not where two of the reader's blocks meet.
+            parse_options=pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+        )
+    except pyarrow.ArrowInvalid as error:
+        quotes = f". A value that holds {separator!r} needs quotes" if "Expected" in str(error) else ""
+        raise ValueError(f"{error}{quotes}") from error
+    return _used(table.rename_columns([name.strip() for name in table.column_names]), needed)
 
 
 def _json_lines(data: bytes, needed: set[str]) -> _Rows:
@@ -221,7 +245,7 @@ def _json_lines(data: bytes, needed: set[str]) -> _Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_object)
+            row = json.loads(line, object_pairs_hook=_object, parse_float=_Written, parse_constant=_refuse)
             json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from error
@@ -234,6 +258,17 @@ def _json_lines(data: bytes, needed: set[str]) -> _Rows:
     return names, [{name: row.get(name) for name in names} for row in rows]
 
 
+class _Written(float):
+    """A number and how it is written: 1.10 is another text than 1.1."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON: expected null or a number")
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object each of whose keys stands once: of two, the last one would win without a word."""
     values = dict(pairs)
@@ -244,3 +279,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _READERS: dict[str, Callable[[bytes, set[str]], _Rows]] = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines}
 MOST_ROWS, MOST_TABLE_BYTES = 10_000_000, 1024**3
+_MOST_HEADER_BYTES = 2**16

@@ -1,5 +1,6 @@
 """Facts about the catalogue of banks: it tells what the files say, heals itself, and reads no more than it must."""
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.catalogue import (
 )  # fmt: skip
 from pipeline.manifest import Manifest, parquet_bytes
 from pipeline.record import make_row
-from pipeline.store import Store, StoreMissingError, StoreUnwritableError
+from pipeline.store import Store, StoreError, StoreMissingError, StoreUnwritableError
 
 
 @pytest.fixture
@@ -119,6 +120,31 @@ def test_a_bank_that_may_not_be_read_is_left_out_and_the_others_are_not(s3, s3_s
     assert "archived (Glacier)" in contents.refused["left.safetensors"]
     count, (problem,) = check_banks(s3_store.uri, {})
     assert (count, problem.key) == (2, "left.safetensors")
+
+
+def test_what_cannot_be_read_or_listed_in_a_folder_of_banks_is_left_out_with_the_reason(local_store, monkeypatch):
+    put_banks = {"a.safetensors": (1, 0), "B.SAFETENSORS": (2, 0)}
+    for name, motion in put_banks.items():
+        local_store.put(name, handmade_bank(motion).to_bytes())
+    folder = Path(local_store.uri.removeprefix("file://"))
+    (folder / "self.safetensors").symlink_to("self.safetensors")
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    contents = Catalogue(local_store).read()
+    assert contents.table["id"].to_pylist() == ["B", "a"]
+    assert "symbolic links" in contents.refused["self.safetensors"]
+    assert contents.refused["lost+found"] == "it cannot be listed: Permission denied"
+    count, problems = check_banks(local_store.uri, {})
+    assert (count, sorted(problem.key for problem in problems)) == (3, ["lost+found", "self.safetensors"])
+    with pytest.raises(StoreError):
+        local_store.list()  # an output that cannot be listed is not one without rows
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(banks, monkeypatch):

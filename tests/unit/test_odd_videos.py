@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
 from fractions import Fraction
 
 import av
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from test_video import counting, indices, moving, read, rough, save
 
+from ditflow import video
 from ditflow.video import CorruptVideoError, UndecodableVideoError
 
 # --- rates
@@ -260,3 +264,140 @@ def test_high_dynamic_range_is_noted(tmp_path):
 def test_a_picture_format_is_named(content, cause):
     with pytest.raises(UndecodableVideoError, match=cause):
         read(content)
+
+
+# --- siblings: other formats of the same kinds
+
+
+def raw(path, codec="libx264", rate=Fraction(10), frames=12, **options):
+    """Frames of `counting` at a rate that the pictures alone can tell."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.framerate = rate
+        for picture in counting(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"), [("a.h264", "libx264", 10), ("a.hevc", "libx265", 60), ("a.m2v", "mpeg2video", 30)]
+)
+def test_pictures_without_a_container_have_the_rate_that_they_state(tmp_path, name, codec, rate):
+    clip = read(raw(tmp_path / name, codec, Fraction(rate)), frames=10)
+    assert (clip.fps, clip.notes) == (rate, ())
+
+
+def test_a_rate_that_nothing_states_is_noted(tmp_path):
+    clip = read(raw(tmp_path / "a.obu", "libsvtav1", **{"preset": "12"}), frames=10)
+    assert (clip.fps, clip.notes) == (25, ("frame rate: the file states none; taken as 25 frames per second",))
+
+
+def shown_at(path, times, codec="libx264", rate=10, **options):
+    """Frames of `counting` at these times in tenths of a second, of which an AVI file has only the whole ones."""
+    return save(path, counting(len(times)), codec, times=times, **options)
+
+
+def test_frames_that_an_avi_leaves_out_last_longer(tmp_path):
+    """Recorders that are late write nothing for a tick; the header keeps its rate."""
+    clip = read(shown_at(tmp_path / "a.avi", list(range(0, 40, 2)), "mpeg4", qscale="2"), frames=17)
+    assert clip.fps == pytest.approx(5, rel=0.01)
+    assert read(shown_at(tmp_path / "b.avi", list(range(20)), "libx264", bf="2"), frames=17).notes == ()
+
+
+@pytest.mark.parametrize("times", [range(0, 240, 20), [*range(6), *range(106, 112)]], ids=["2 s", "a pause"])
+def test_a_transport_stream_may_stand_still(tmp_path, times):
+    """More than a second between two frames is no joint."""
+    clip = read(shown_at(tmp_path / "a.ts", list(times), g="4", bf="2"), frames=12)
+    assert indices(clip) == list(range(12))
+    assert clip.fps == (0.5 if times[1] == 20 else 10)
+    assert not any("joint of" in note for note in clip.notes)
+
+
+def test_a_stream_that_goes_on_later_after_a_cut_is_joined(tmp_path):
+    first = save(tmp_path / "a.ts", counting(42, 96, 128)[:20], g="10", bf="2").read_bytes()
+    second = save(tmp_path / "b.ts", counting(42, 96, 128), times=list(range(100, 142)), g="10", bf="2").read_bytes()
+    shown = indices(read(first[: part(first, 5)] + second[part(second, 3) :], frames=25, height=96, width=128))
+    assert np.count_nonzero(np.diff(shown) != 1) <= 3
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi"])
+def test_a_part_of_an_open_group_of_pictures_is_read_where_a_container_gives_no_times(tmp_path, name):
+    """As `ffmpeg -ss ... -c copy` cuts: the pictures that need earlier ones have no times, or made-up ones."""
+    codec, options = STREAMS["H.264"]
+    source = save(tmp_path / ("a.ts" if name == "a.avi" else "a.mp4"), counting(30, 96, 128), codec, **options)
+    timing = {"avoid_negative_ts": "disabled"}
+    with av.open(str(source)) as whole, av.open(str(tmp_path / name), "w", container_options=timing) as cut:
+        packets = [packet for packet in whole.demux(whole.streams.video[0]) if packet.size]
+        copy = cut.add_stream_from_template(whole.streams.video[0])
+        begin = next(number for number, packet in enumerate(packets) if number and packet.is_keyframe)
+        first = packets[begin].pts if name == "a.mkv" else packets[begin].dts
+        for packet in packets[begin:]:
+            packet.pts, packet.dts, packet.stream = packet.pts - first, packet.dts - first, copy
+            cut.mux(packet)
+    clip = read(tmp_path / name, frames=10, height=96, width=128)
+    assert list(np.diff(indices(clip))) == [1] * 9
+    assert clip.notes[0].startswith("frames skipped before the first that can be decoded: ")
+    assert clip.fps == 10
+
+
+def test_frames_between_two_ticks_of_a_coarse_clock_do_not_double_their_rate(tmp_path):
+    clip = read(uneven(tmp_path / "a.mkv", [n // 2 for n in range(20)], codec="ffv1"), frames=20)
+    assert clip.fps == pytest.approx(2000, rel=0.06)
+
+
+def test_a_sample_without_bytes_shows_nothing_new(tmp_path):
+    content = bytearray(save(tmp_path / "a.mov", moving(8), "mjpeg", "yuvj420p").read_bytes())
+    sizes = content.index(b"stsz") + 16
+    third, fourth = struct.unpack_from(">II", content, sizes + 8)
+    struct.pack_into(">II", content, sizes + 8, third + fourth, 0)
+    assert len(read(bytes(content), frames=7, height=96, width=128).frames) == 7
+
+
+@pytest.mark.parametrize(("matrix", "shown"), [(0, True), (3, True), (8, False), (10, False), (14, False)])
+def test_colours_that_cannot_be_read_are_refused_and_senseless_ones_count_as_not_said(tmp_path, matrix, shown):
+    path = coloured(tmp_path / "a.mkv", 720, 1280, "ITU709", tag=matrix, codec="ffv1")
+    if shown:
+        np.testing.assert_allclose(read(path, frames=2).frames[1, 24, 32].astype(int), (200, 40, 40), atol=5)
+    else:
+        with pytest.raises(UndecodableVideoError, match=f"matrix {matrix} of H.273 .*zscale=matrix=709"):
+            read(path, frames=2)
+
+
+def test_transparency_is_noted_where_there_is_some(tmp_path):
+    for level, notes in ((10, ("transparent: shown as if it were opaque",)), (255, ())):
+        path = tmp_path / f"{level}.mov"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("png", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "rgba"
+            picture = np.dstack([counting(1)[0], np.full((48, 64), level, np.uint8)])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+            container.mux(stream.encode(None))
+        assert read(path, frames=1).notes == notes
+
+
+def test_transparency_that_is_coded_apart_is_noted(tmp_path):
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuva420p"
+        picture = np.dstack([counting(1)[0], np.full((48, 64), 10, np.uint8)])
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format="yuva420p")))
+        container.mux(stream.encode(None))
+    assert read(path, frames=1).notes == ("transparent: shown as if it were opaque",)
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(UndecodableVideoError, match="no regular file"):
+        read(tmp_path / "pipe.mp4")
+
+
+def test_motion_jpeg_without_a_container_is_no_still_picture(tmp_path):
+    path = save(tmp_path / "a.mjpeg", moving(3), "mjpeg", "yuvj420p")
+    assert "the file states none" in read(path, frames=3, height=96, width=128).notes[0]  # known by its name
+    picture = path.read_bytes()[: path.stat().st_size // 3]
+    cause = video._probable_cause
+    assert "Motion JPEG without a container" in cause(io.BytesIO(path.read_bytes()))
+    assert cause(io.BytesIO(picture)) == "it is a still picture"

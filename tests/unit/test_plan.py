@@ -440,6 +440,57 @@ def test_json_numbers_and_words_in_a_column_of_texts_are_their_texts(local_job, 
     assert read_prompts(local_job, Table(uri)) == [("7", "0"), ("true", None)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffprompt;category\r\n007;0\r\n",
+        "prompt,category\r007,0\r",
+        "\n\r\nprompt\tcategory\n007\t0\n",
+        "sep=;\r\nprompt;category\r\n007;0\r\n",
+        '"my\nown",prompt,category\n1,007,0\n',
+        "when,prompt,category\n2024-01-01 00:00:00.123456789,007,0\n",
+    ],
+    ids=["BOM", "Mac", "empty lines", "Excel", "header of two lines", "nanoseconds"],
+)
+def test_a_csv_is_read_however_its_first_lines_look(local_job, local_store, text):
+    assert read_prompts(local_job, Table(local_store.put("a.csv", text.encode()).uri)) == [("007", "0")]
+
+
+def test_numbers_of_json_are_texts_as_they_are_written(local_job, local_store):
+    uri = local_store.put("a.jsonl", b'{"prompt": 1.10, "category": 1e5}\n{"prompt": "x", "category": -0}\n').uri
+    assert read_prompts(local_job, Table(uri)) == [("1.10", "1e5"), ("x", "0")]
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "category"),
+    [
+        (pa.dictionary(pa.int32(), pa.string()), "0", "0"),
+        (pa.large_string(), "0", "0"),
+        (pa.int8(), 0, "0"),
+        (pa.float64(), float("nan"), None),
+        (pa.binary(), b"0", "0"),
+    ],
+    ids=str,
+)
+def test_a_column_of_parquet_is_a_text_whatever_its_type(local_job, local_store, type_, value, category):
+    columns = {"prompt": ["x"], "category": pa.array([value], type_), "when": pa.array([1], pa.timestamp("ns"))}
+    assert read_prompts(local_job, Table(write_table(local_store, "a.parquet", columns))) == [("x", category)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.csv", "prompt,category\nx,Gr\u00fcn\n".encode("latin-1"), "row 1 of .* has category b'Gr.*no UTF-8"),
+        ("a.jsonl", b'{"prompt": "x", "category": ["y"]}\n', r"row 1 of .* has category \['y'\]: expected a text"),
+        ("a.jsonl", b'{"prompt": NaN}\n', "line 1: NaN is no JSON"),
+        ("a.csv", b"prompt\na cat, on a mat\n", "Expected 1 columns, got 2: .* A value that holds ',' needs quotes"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_row(local_job, local_store, name, data, said):
+    with pytest.raises(PlanError, match=said):
+        read_prompts(local_job, Table(local_store.put(name, data).uri))
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 def test_a_csv_may_have_the_separator_of_any_spreadsheet(local_job, local_store, separator):
     lines = [["\ufeffreference", " prompt", "seed"], ["01", '"a dog, running; fast\t|"', "3"]]
@@ -1010,6 +1061,23 @@ def test_one_of_several_addresses_that_makes_no_sense_costs_its_own_rows_only(lo
     uris = (f"{local_job.references.uri}/a.mp4", "nonsense://x/b.mp4", f"{local_job.references.uri}/*.mov")
     found = reference_rows(replace(local_job, references=replace(local_job.references, uri=uris)))
     assert {name: sha256 is None for name, sha256 in found.items()} == {"a.mp4": False, "b.mp4": True, "*.mov": True}
+
+
+def test_a_table_may_name_files_by_any_address(local_job, local_store, monkeypatch):
+    folder = folder_of(local_job)
+    monkeypatch.setenv("HOME", str(folder))
+    names = ["~/a.mp4", f"file:{folder}/a.mp4", f"FILE://localhost{folder}/a.mp4", "./a.mp4"]
+    pairs = write_table(local_store, "p q.csv", {"reference": names, "prompt": list("wxyz")})
+    rows = plan(replace(local_job, pairing=Table(pairs.replace("p q", "p%20q")), seeds=(1,))).todo
+    assert {row.reference.uri for row in rows} == {f"file://{folder}/a.mp4"}
+
+
+@pytest.mark.parametrize("name", ["what?.safetensors", "walk.SAFETENSORS"])
+def test_a_bank_of_a_table_is_a_file_by_its_ending(local_job, local_store, tmp_path, name):
+    banks = put(Store(str(tmp_path / "banks")), {name: b"bank"})
+    pairs = write_table(local_store, "pairs.csv", {"bank": [name], "prompt": ["a ball"]})
+    reuse = replace(local_job, kind="reuse", banks=Banks(banks), pairing=Table(pairs), prompts=())
+    assert {row.bank.uri for row in plan(reuse).todo} == {f"{banks}/{name}"}
 
 
 @pytest.mark.parametrize("code", ["AccessDenied", "InvalidObjectState"])

@@ -537,6 +537,31 @@ def test_a_key_that_stands_twice_in_an_override_is_refused(mistakes):
     assert said.startswith("--set sampling={steps: 5, steps: 6}:1: the key 'steps' stands twice")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("sampling:", "methods: {<<: {a: {name: none}}, b: {name: none}}\nsampling:", "YAML 1.2 has no merge key <<"),
+        ('["a leopard running up a snowy hill"]', "*.mp4", "Put a text that begins with * & ! % or @ into quotes"),
+        ("sampling:", "sampling:\n\tsteps: 5\nfoo:", "indent by blanks, not tabs"),
+    ],
+)
+def test_what_yaml_reads_as_something_else_is_refused_with_its_line(mistakes, old, new, said):
+    (message,) = mistakes((old, new))
+    assert re.match(r".*:\d+: ", message)
+    assert said in message
+
+
+def test_a_byte_order_mark_and_the_line_ends_of_windows_change_nothing(load):
+    assert load(text="\ufeff" + SPEC.replace("\n", "\r\n")).job == load().job
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/cache", "${TMP}/cache"])
+def test_a_cache_that_is_no_folder_of_this_machine_is_refused_by_its_key(mistakes, folder):
+    (said,) = mistakes(overrides=(f"resources.cache.folder={folder}",))
+    assert "resources.cache.folder: " in said
+    assert "expected a folder of this machine" in said
+
+
 @pytest.mark.parametrize("value", ["no", "010", "1e3", "{config_kwargs: {retries: [1:30]}}"])
 def test_an_option_that_yaml_1_1_reads_otherwise_is_refused_where_no_type_says_what_it_is(load, mistakes, value):
     (said,) = mistakes(text=f"{SPEC}storage_options: {{anon: {value}}}\n")

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from pipeline.store import (
     absolute_uri,
     fingerprint,
     list_uris,
+    local_folder,
     open_fs,
     patiently,
     public_uri,
@@ -735,6 +737,55 @@ def test_a_folder_that_cannot_be_listed_matters_only_to_patterns_that_lead_into_
         list_uris(f"{clips}/lost+found")
 
 
+@pytest.mark.parametrize("glob", ["*/shots/*.mp4", "*/[st]hots/*.mp4", "*/**/*.mp4"])
+def test_a_folder_that_is_a_link_to_itself_matters_to_no_other(clips, glob):
+    (clips / "one" / "shots").mkdir(parents=True)
+    (clips / "one" / "shots" / "b.mp4").write_bytes(b"b")
+    (clips / "two").mkdir()
+    (clips / "two" / "shots").symlink_to("shots")
+    assert names_of(clips, glob) in (["b.mp4"], ["b.mp4", "shots"])
+
+
+def test_a_folder_whose_disk_is_gone_is_one_row(clips, monkeypatch):
+    (clips / "mount").mkdir()
+    scandir = os.scandir
+
+    def broken(path):
+        if str(path).endswith("mount"):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    assert names_of(clips, "*/*.mp4") == names_of(clips, "**/*.mp4")[1:] == ["mount"]
+
+
+def test_an_accent_is_the_same_however_it_is_written(store):
+    """macOS takes letters apart: an e and an accent."""
+    store.put("refs/cafe\u0301.mp4", b"x")
+    assert list_uris(f"{store.uri}/refs", "caf\u00e9*.mp4") == [store.uri_of("refs/cafe\u0301.mp4")]
+
+
+def test_a_name_that_only_looks_the_same_is_said_to(tmp_path):
+    (tmp_path / "cafe\u0301.mp4").write_bytes(b"x")
+    for act in (read_uri, list_uris):
+        with pytest.raises(StoreMissingError, match="looks the same, of other Unicode characters"):
+            act(f"file://{tmp_path}/caf\u00e9.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("${DATA}/a.mp4", "'[$][{]', which is not filled in here"),
+        ("*.{mp4,mov}", "braces are no pattern: give a list"),
+        ("C:\\clips\\a.mp4", "a path of Windows"),
+    ],
+)
+def test_what_is_wrong_with_an_address_that_leads_nowhere_is_said(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreMissingError, match=said):
+        list_uris(name)
+
+
 def test_no_folder_above_or_beside_the_pattern_is_looked_into(clips, monkeypatch):
     (clips / "sub" / "deep").mkdir(parents=True)
     (clips / "sub" / "b.mp4").write_bytes(b"b")
@@ -796,6 +847,25 @@ def test_a_file_uri_may_name_the_host_and_be_percent_encoded(tmp_path):
         assert list_uris(uri, "*.mp4") == found
     assert read_uri(f"file://localhost{tmp_path}/a b/c%20d.mp4") == b"x"
     assert Store(f"file://localhost{tmp_path}").uri == Store(f"file:{tmp_path}").uri == f"file://{tmp_path}"
+
+
+def test_whatever_takes_an_address_decodes_it(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "c.mp4").write_bytes(b"x")
+    encoded = f"FILE://localhost{tmp_path}/a%20b"
+    assert list_uris(f"{encoded}/*.mp4") == [f"file://{tmp_path}/a b/c.mp4"]
+    assert read_uri(f"{encoded}/c.mp4") == b"x"
+    assert Store(f"{encoded}/new").uri == f"file://{tmp_path}/a b/new"
+    assert local_folder(encoded) == f"{tmp_path}/a b"
+    assert Store(f"file://{tmp_path}/no%20b/new").uri == f"file://{tmp_path}/no%20b/new"
+
+
+def test_a_protocol_may_be_written_in_capitals(s3, s3_store):
+    s3_store.put("a.mp4", b"a")
+    capitals = s3_store.uri.replace("s3://", "S3://")
+    assert read_uri(f"{capitals}/a.mp4") == b"a"
+    assert Store(capitals).uri == s3_store.uri
+    assert list_uris(capitals, "*.mp4") == [s3_store.uri_of("a.mp4")]
 
 
 def test_a_single_missing_file_is_said_to_be_missing(store):
@@ -881,6 +951,34 @@ def test_a_variable_that_nobody_filled_in_makes_no_folder(uri, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StoreError, match="is not filled in here"):
         Store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("", "is empty"),
+        (" s3://bucket/run", "white space"),
+        ("out\n", "white space"),
+        ("s3://", "names no bucket"),
+        ("C:\\run", "a path of Windows"),
+        ("C:/run", "a path of Windows"),
+        ("\\\\server\\run", "a path of Windows"),
+        ("%OUT%/run", "'%OUT%', which is not filled in"),
+        ("<OUT>/run", "'<OUT>', which is not filled in"),
+        ("s3://bucket/{date}/run", "'{date}', which is not filled in"),
+        ("`pwd`/run", "'`', which is not filled in"),
+    ],
+)
+def test_what_is_no_place_makes_no_folder(uri, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=re.escape(said)):
+        Store(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/cache", "${TMP}/cache", "s3:bucket/cache"])
+def test_a_folder_of_this_machine_is_nothing_else(uri):
+    with pytest.raises(StoreError):
+        local_folder(uri)
 
 
 def test_a_folder_that_is_called_like_a_variable_can_be_used(tmp_path):
