@@ -443,14 +443,12 @@ def test_json_numbers_and_words_in_a_column_of_texts_are_their_texts(local_job, 
 @pytest.mark.parametrize(
     "text",
     [
-        "\ufeffprompt;category\r\n007;0\r\n",
         "prompt,category\r007,0\r",
         "\n\r\nprompt\tcategory\n007\t0\n",
         "sep=;\r\nprompt;category\r\n007;0\r\n",
         '"my\nown",prompt,category\n1,007,0\n',
-        "when,prompt,category\n2024-01-01 00:00:00.123456789,007,0\n",
     ],
-    ids=["BOM", "Mac", "empty lines", "Excel", "header of two lines", "nanoseconds"],
+    ids=["Mac", "empty lines", "Excel", "header of two lines"],
 )
 def test_a_csv_is_read_however_its_first_lines_look(local_job, local_store, text):
     assert read_prompts(local_job, Table(local_store.put("a.csv", text.encode()).uri)) == [("007", "0")]
@@ -465,10 +463,7 @@ def test_numbers_of_json_are_texts_as_they_are_written(local_job, local_store):
     ("type_", "value", "category"),
     [
         (pa.dictionary(pa.int32(), pa.string()), "0", "0"),
-        (pa.large_string(), "0", "0"),
-        (pa.int8(), 0, "0"),
         (pa.float64(), float("nan"), None),
-        (pa.binary(), b"0", "0"),
     ],
     ids=str,
 )
