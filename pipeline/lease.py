@@ -130,7 +130,8 @@ class Lease:
     that run's lease lasts; `on_wait` is told for whom. A lease that is lost interrupts the main thread, as Ctrl-C does,
     and `check` says why. StoreError comes from the storage.
 
-    Two threads: one renews, the other watches how long ago that was, while the storage may keep the first one waiting.
+    Two threads: one renews, after a look whether the lease is still this run's, however late it is; the other watches
+    how long ago that was, while the storage may keep the first one waiting.
     """
 
     def __init__(
@@ -183,9 +184,15 @@ class Lease:
             number = max(_numbers(self._store.list(FOLDER)), default=0)
             if number and not self._is_free(number):
                 continue
+            before = _read(self._store, number) if number else None
             self._renewed = time.monotonic()
             holder = Holder.here(number + 1, self._expires_s)
             if self._store.create(_key(holder.number), _encode(holder)) or _read(self._store, holder.number) == holder:
+                now = _read(self._store, number) if number else None
+                if before is not None and now is not None and now != before:
+                    # Renewed in the last moment: its run sees this lease at its next renewal, unless that was it.
+                    self._store.delete(_key(holder.number))
+                    raise LeaseHeldError(_held_by(self._store, now))
                 return holder
 
     def _is_free(self, number: int) -> bool:
@@ -201,36 +208,31 @@ class Lease:
             if now is None:
                 return False
             if now != first:
-                raise LeaseHeldError(
-                    f"{self._store.uri}: another run is working on this output ({now}). Wait until it ends, or stop "
-                    "it; for a second run choose another output.uri."
-                )
+                raise LeaseHeldError(_held_by(self._store, now))
         return True
 
     def _renew(self) -> None:
         while not self._ended.wait(self._expires_s / _RENEWALS):
             try:
-                if self._lost is not None or self._is_late() or not self._is_still_own():
+                if self._lost is not None or not self._is_still_own():
                     return
-                began = time.monotonic()
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._store.put(_key(self._holder.number), _encode(self._holder))
-                if self._is_late():
-                    return
-                # Others may have seen the file unchanged until now: it counts from before it was written.
-                self._renewed = began
+                self._renewed = time.monotonic()
             except StoreDamagedError as error:
                 self._lose(str(error))
                 return
             except StoreError as error:
                 self._trouble = str(error)
+                self._lose_if_late(self._expires_s)
             except BaseException as error:
                 self._lose(f"the run's lease can no longer be renewed ({type(error).__name__}: {error})")
                 return
 
     def _watch(self) -> None:
+        # Storage that does not answer is waited for as long as the job says; then nobody else gets at it either.
         while self._lost is None and not self._ended.wait(self._expires_s / (2 * _RENEWALS)):
-            self._is_late()
+            self._lose_if_late(self._expires_s + self._store.patience_s)
 
     def _is_still_own(self) -> bool:
         """Return whether the newest lease is this run's, which has lost it if not."""
@@ -244,12 +246,10 @@ class Lease:
             self._lose(f"another run works on this output ({found}): it was emptied or replaced meanwhile")
         return self._lost is None
 
-    def _is_late(self) -> bool:
-        """Return whether the last renewal is so long ago that another run may begin: this one has lost its lease."""
-        late = time.monotonic() - self._renewed > self._expires_s
-        if late:
-            self._lose(f"the run's lease could not be renewed for {self._expires_s:g} seconds ({self._trouble})")
-        return late
+    def _lose_if_late(self, seconds: float) -> None:
+        """Lose the lease if its last renewal is longer ago than that."""
+        if time.monotonic() - self._renewed > seconds:
+            self._lose(f"the run's lease could not be renewed for {seconds:g} seconds ({self._trouble})")
 
     def _lose(self, reason: str) -> None:
         if self._lost is not None or self._ended.is_set():
@@ -261,6 +261,13 @@ class Lease:
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
         if handled and (main := threading.main_thread().ident) is not None:
             signal.pthread_kill(main, handled[0])
+
+
+def _held_by(store: Store, holder: Holder) -> str:
+    return (
+        f"{store.uri}: another run is working on this output ({holder}). Wait until it ends, or stop it; for a second "
+        "run choose another output.uri."
+    )
 
 
 def _numbers(keys: Iterable[str]) -> list[int]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.lease import Holder, Lease, LeaseLostError, held
+from pipeline.lease import Holder, Lease, LeaseHeldError, LeaseLostError, held
 from pipeline.store import Store, StoreDamagedError, StoreError
 
 OFTEN = "import pipeline.lease; pipeline.lease._RENEWALS = 240\n"
@@ -258,19 +258,46 @@ def test_a_run_whose_number_another_has_since_the_output_was_emptied_stops_and_l
 
 
 @pytest.mark.usefixtures("interruptible", "often")
-def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it(local_store, monkeypatch, clock):
+def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it_to_a_run_that_began_meanwhile(
+    local_store, monkeypatch
+):
+    local_store.patience_s = 300
+
+    def stand_still() -> None:
+        leave(local_store, number=2)
+
+    with Lease(local_store) as lease:
+        with pytest.raises(LeaseLostError, match="another run took this output over"):
+            wait_for_loss(lease, stand_still)
+        assert max(holder["number"] for holder in holders(local_store)) == 2
+
+
+@pytest.mark.usefixtures("often")
+def test_a_process_that_stood_still_and_was_not_replaced_goes_on(local_store, clock):
+    local_store.patience_s = 300
+    with Lease(local_store) as lease:
+        clock.now += 100
+        beat = holders(local_store)[0]["beat"]
+        while holders(local_store)[0]["beat"] < beat + 2:
+            time.sleep(0.01)
+        lease.check()
+
+
+def test_a_run_that_is_renewed_in_the_last_moment_is_not_replaced(local_store, monkeypatch):
+    leave(local_store)
     create = local_store.create
 
-    def create_and_stand_still(key: str, data: bytes) -> bool:
-        created = create(key, data)
-        clock.now += 100
-        return created
+    def create_late(key: str, data: bytes) -> bool:
+        leave(local_store, beat=1)
+        return create(key, data)
 
-    monkeypatch.setattr(local_store, "create", create_and_stand_still)
-    with Lease(local_store) as lease:
-        with pytest.raises(LeaseLostError, match=r"could not be renewed for 60 seconds .*stood still"):
-            wait_for_loss(lease)
-        assert holders(local_store)[0]["beat"] == 0, "it is not renewed, for another run may have begun"
+    monkeypatch.setattr(local_store, "create", create_late)
+    with (
+        pytest.raises(LeaseHeldError, match="another run is working on this output"),
+        Lease(local_store, sleep=lambda _: None),
+    ):
+        pass
+    assert [holder["number"] for holder in holders(local_store)] == [1]
 
 
 @pytest.mark.usefixtures("interruptible", "often")
