@@ -185,7 +185,7 @@ HEADER = {"grid": [3, 4, 4], "model_revision": "0", "loss": "ditflow", "blocks":
         ({}, {"block.1.displacement": (3, 3, 17, 2)}, "expected F F P 2 of a"),
         ({}, {"block.1.displacement": (3, 3, 16, 2), "block.1.more": (1,)}, "for more a tensor .1., expected None"),
         ({"loss": "smm"}, {"block.1.means": (100_000, 1)}, "for means a tensor .100000, 1., expected F D of a"),
-        ({"loss": "moft"}, {"block.1.channels": (2,), "block.1.features": (3, 16, 5)}, "expected F P k"),
+        ({"loss": "moft"}, {"block.1.channels": (2,), "block.1.features": (3, 16, 5)}, "as the loss moft"),
         ({"loss": "motionclone"}, {"block.1.frame": (2, 16, 3), "block.1.attention": (0, 16, 3)}, "expected H P F"),
     ],
 )
