@@ -126,6 +126,8 @@ def options_for(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(options: Mapping[str, Any], tables: list[_Options], key: str) -> None:
     for name, value in options.items():
+        if value is None:
+            continue
         allowed = [table[name] for table in tables if name in table]
         where = f"{key}.{name}"
         if not allowed:
@@ -151,6 +153,8 @@ def _chosen(options: Mapping[str, Any], table: _Options) -> dict[str, Any]:
     chosen = {}
     for name in options.keys() & table.keys():
         allowed, value = table[name], options[name]
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             value = _chosen(value, allowed) if isinstance(allowed, Mapping) else dict(value)
         chosen[name] = value

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from ditflow.video import is_selection
 from pipeline.store import redact
 
 SCHEMA_VERSION = 1
@@ -149,6 +148,8 @@ def recorded_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     A record may have been changed by hand or by another program. Settings that cannot be read are empty, and
     `unreadable` says why.
     """
+    from ditflow.video import is_selection  # which loads torch, as a quick look at a manifest need not
+
     empty: dict[str, Any] = {"method": {}, "video": None}
     if row["spec_json"] is None:
         return empty

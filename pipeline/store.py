@@ -367,7 +367,7 @@ def open_fs(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple
         # Not url_to_fs: it takes "::" for a chain of file systems, and has options from the address that count more.
         uri, kind = _plain_scheme(uri), fsspec.get_filesystem_class(protocol)
         told = {name: value for name, value in kind._get_kwargs_from_urls(uri).items() if name in OPTIONS[protocol]}
-        if "http" in kind.protocol:
+        if protocol in ("http", "https"):
             options["client_kwargs"] = {**_web_client(), **options.get("client_kwargs", {})}
         fs = kind(**{"use_listings_cache": False, **told, **options})
         return fs, fs._strip_protocol(uri)

@@ -51,8 +51,8 @@ _RELEASED = {
 }
 _TRANSFORMER = {
     "num_layers": count(1000),
-    "num_attention_heads": count(1024),
-    "attention_head_dim": count(1024),
+    "num_attention_heads": count_or_nothing(1024),
+    "attention_head_dim": count_or_nothing(1024),
     "in_channels": count(4096),
     "patch_size": count(64),
     "patch_size_t": count_or_nothing(64),
@@ -101,6 +101,7 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
     """Load a diffusers folder; `identity` goes to `CogVideoX`."""
+    _check_sizes(folder)
     # One bar for each of five parts, gone before it can be read.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -111,25 +112,28 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: 
 def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geometry:
     """Read a diffusers folder's geometry from its configurations alone.
 
-    Raises ModelConfigError for configurations that are not of a model of this family and of these weights.
+    Raises ModelConfigError for configurations that are not of a model of this family.
     """
-    read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
     vae = read_config(folder / "vae" / "config.json", _VAE)
     return geometry_of(name, _read_transformer(folder), vae, defaults)
 
 
 def _read_transformer(folder: Path) -> dict[str, Any]:
-    """Read the transformer's configuration; a larger one than its weights would be allocated before they are read."""
-    file = folder / "transformer" / "config.json"
-    config = read_config(file, _TRANSFORMER)
-    layers, width = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+    return read_config(folder / "transformer" / "config.json", _TRANSFORMER)
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise ModelConfigError for parts that are larger than their weights: they are allocated before those are read."""
+    read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
+    file, config = folder / "transformer" / "config.json", _read_transformer(folder)
+    heads, head_dim = config.get("num_attention_heads") or 30, config.get("attention_head_dim") or 64  # as in diffusers
+    layers, width = config["num_layers"], heads * head_dim
     weights = sum(part.stat().st_size for part in file.parent.glob("*.safetensors"))
     if 12 * layers * width**2 > weights:  # attention and feed-forward alone, at a byte each
         raise ModelConfigError(
             f"{file}: {layers} layers of width {width} need more than the {weights} bytes of *.safetensors beside it. "
             "Is the download complete?"
         )
-    return config
 
 
 def read_text_limit(folder: Path) -> TextLimit:

@@ -210,7 +210,7 @@ def test_an_attempt_without_a_log_writes_nothing(tmp_path, capsys):
 
 
 def test_a_lease_is_told_when_it_is_taken_given_back_and_lost(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pipeline.lease._thread.interrupt_main", lambda number: None)
+    monkeypatch.setattr("pipeline.lease.signal.pthread_kill", lambda thread, number: None)
     begin("json", "dogs")
     lease = Lease(Store(str(tmp_path)))
     with lease:

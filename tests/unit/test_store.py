@@ -514,8 +514,9 @@ def test_credentials_at_any_depth_of_the_options_are_refused(options):
 
 
 def test_options_that_are_no_credentials_are_taken():
-    options = {"anon": True, "token": None, "config_kwargs": {"signature_version": "s3v4"}, "user": "hdfs"}
-    Store("s3://bucket/run", {**options, "endpoint_url": "https://host:9000", "SSEKMSKeyId": "arn:aws:kms:x"})
+    options = {"anon": True, "token": None, "config_kwargs": {"signature_version": "s3v4"}}
+    key = {"s3_additional_kwargs": {"SSEKMSKeyId": "arn:aws:kms:x"}}
+    Store("s3://bucket/run", {**options, **key, "endpoint_url": "https://host:9000"})
 
 
 def test_credentials_in_an_s3_uri_are_refused_without_showing_them():
@@ -957,7 +958,7 @@ def test_a_variable_that_nobody_filled_in_makes_no_folder(uri, tmp_path, monkeyp
     ("uri", "said"),
     [
         ("", "is empty"),
-        (" s3://bucket/run", "white space"),
+        (" s3://bucket/run", "the protocol ' s3' is not opened here"),
         ("out\n", "white space"),
         ("s3://", "names no bucket"),
         ("C:\\run", "a path of Windows"),
