@@ -58,7 +58,8 @@ def denoise(
                 warm_start = positions[-1] if positions else None
                 steered = guidance.steer(step, timestep, drafts, warm_start) or steered
                 positions += [] if steered.learned is None else [steered.learned]
-                check_finite("what guidance optimised", *steered.position.values(), *(d.latents for d in drafts))
+                if steered.losses:
+                    check_finite("what guidance optimised", *steered.position.values(), *(d.latents for d in drafts))
             steered_at = time.perf_counter()
             for draft in drafts:
                 predictions = backbone.predict(draft.latents, timestep, draft.embeds, steered.position, draft.injected)

@@ -248,7 +248,7 @@ class Watch:
 
 
 def _attempt(marker: Any) -> Attempt:
-    """Return an attempt as its marker tells of it."""
+    """Parse the marker of an attempt."""
     attempt = Attempt(
         work_id=marker["row_id"],
         stage=marker["stage"],
@@ -259,7 +259,7 @@ def _attempt(marker: Any) -> Attempt:
     )
     texts, numbers = (attempt.work_id, attempt.stage, attempt.node), (attempt.attempt, attempt.pid)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
-        raise TypeError(f"it tells of {attempt!r:.200}")
+        raise TypeError(f"its fields have other types: {attempt!r:.200}")
     return replace(attempt, started_at=attempt.started_at.astimezone(UTC))
 
 
