@@ -18,7 +18,6 @@ from tempfile import TemporaryFile
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray.experimental.internal_kv import _internal_kv_get
 
 from ditflow.settings import SettingsError
 from pipeline.job import Pool
@@ -225,9 +224,7 @@ def grows() -> bool:
     machines are only watched, each has a kind of its own there.
     """
     in_groups = any(ray._raylet.RAY_NODE_GROUP_KEY in node["Labels"] for node in ray.nodes())
-    second = _internal_kv_get(
-        ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, namespace=ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
-    )
+    second = _in_heads_store(ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE)
     kinds = _reported_kinds()
     if second == b"1" or not kinds:  # without a report the first version has only just begun, if it is there
         return in_groups
@@ -238,9 +235,15 @@ _ONLY_WATCHED = re.compile(r"node_[0-9a-f]{56}")
 """A kind of machine that Ray makes of a machine's id."""
 
 
+def _in_heads_store(key: str, namespace: str | None = None) -> bytes | None:
+    """Return what Ray's head keeps under a key, by a client of our own: Ray's may have been reset meanwhile."""
+    head = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    return head.internal_kv_get(key.encode(), namespace.encode() if namespace else None, timeout=ANSWERS_WITHIN_S)
+
+
 def _reported_kinds() -> set[str]:
     """Return the kinds of machines that an autoscaler of the first version has reported last."""
-    status = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    status = _in_heads_store(DEBUG_AUTOSCALING_STATUS)
     report = json.loads(status).get("autoscaler_report") if status else None
     if not report:
         return set()

@@ -175,7 +175,7 @@ def test_an_autoscaler_is_known_by_its_mark_or_by_its_report(monkeypatch, group,
     labels = {} if group is None else {"ray.io/node-group": group}
     store = {"__autoscaling_status": status, ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY: second}
     monkeypatch.setattr(ray, "nodes", lambda: [{"Labels": {}}, {"Labels": labels}])
-    monkeypatch.setattr(pipeline.cluster, "_internal_kv_get", lambda key, namespace=None: store[key])
+    monkeypatch.setattr(pipeline.cluster, "_in_heads_store", lambda key, namespace=None: store[key])
     assert grows() == expected
 
 
@@ -188,7 +188,9 @@ def embedded(monkeypatch, tmp_path) -> list[dict]:
     started: list[dict] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(pipeline.run, "session_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the integration tests' cluster may be up
     monkeypatch.setattr(ray, "init", lambda address, **options: started.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     return started
 
 
