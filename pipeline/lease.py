@@ -130,8 +130,9 @@ class Lease:
     that run's lease lasts; `on_wait` is told for whom. A lease that is lost interrupts the main thread, as Ctrl-C does,
     and `check` says why. StoreError comes from the storage.
 
-    Two threads: one renews, after a look whether the lease is still this run's, however late it is; the other watches
-    how long ago that was, while the storage may keep the first one waiting.
+    Two threads: one renews, after checking that the lease is still this run's, however late it is: a process that stood
+    still for a while has not lost it unless another run began. The other thread ends the run if the storage does not
+    answer the first one in time: then another run may have begun.
     """
 
     def __init__(
@@ -144,7 +145,8 @@ class Lease:
         self._store, self._expires_s, self._on_wait, self._sleep = store, expires_s, on_wait, sleep
         self._ended = threading.Event()
         self._lost: str | None = None
-        self._trouble = "the storage does not answer, or this process stood still"
+        self._asking_since: float | None = None
+        self._trouble = "the storage does not answer"
         self._threads = [
             threading.Thread(target=work, name="lease", daemon=True) for work in (self._renew, self._watch)
         ]
@@ -213,26 +215,27 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(self._expires_s / _RENEWALS):
+            if self._asking_since is None:
+                self._asking_since = time.monotonic()
             try:
                 if self._lost is not None or not self._is_still_own():
                     return
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._store.put(_key(self._holder.number), _encode(self._holder))
-                self._renewed = time.monotonic()
+                self._renewed, self._asking_since = time.monotonic(), None
             except StoreDamagedError as error:
                 self._lose(str(error))
                 return
             except StoreError as error:
                 self._trouble = str(error)
-                self._lose_if_late(self._expires_s)
+                self._lose_if_unanswered()
             except BaseException as error:
                 self._lose(f"the run's lease can no longer be renewed ({type(error).__name__}: {error})")
                 return
 
     def _watch(self) -> None:
-        # Storage that does not answer is waited for as long as the job says; then nobody else gets at it either.
         while self._lost is None and not self._ended.wait(self._expires_s / (2 * _RENEWALS)):
-            self._lose_if_late(self._expires_s + self._store.patience_s)
+            self._lose_if_unanswered()
 
     def _is_still_own(self) -> bool:
         """Return whether the newest lease is this run's, which has lost it if not."""
@@ -246,10 +249,11 @@ class Lease:
             self._lose(f"another run works on this output ({found}): it was emptied or replaced meanwhile")
         return self._lost is None
 
-    def _lose_if_late(self, seconds: float) -> None:
-        """Lose the lease if its last renewal is longer ago than that."""
-        if time.monotonic() - self._renewed > seconds:
-            self._lose(f"the run's lease could not be renewed for {seconds:g} seconds ({self._trouble})")
+    def _lose_if_unanswered(self) -> None:
+        """Lose an expired lease, unless the storage was asked only just now, because this process stood still before."""
+        asking_since, now = self._asking_since, time.monotonic()
+        if asking_since is not None and min(now - self._renewed, 2 * (now - asking_since)) > self._expires_s:
+            self._lose(f"the run's lease could not be renewed for {self._expires_s:g} seconds ({self._trouble})")
 
     def _lose(self, reason: str) -> None:
         if self._lost is not None or self._ended.is_set():

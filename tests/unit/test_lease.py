@@ -261,8 +261,6 @@ def test_a_run_whose_number_another_has_since_the_output_was_emptied_stops_and_l
 def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it_to_a_run_that_began_meanwhile(
     local_store, monkeypatch
 ):
-    local_store.patience_s = 300
-
     def stand_still() -> None:
         leave(local_store, number=2)
 
@@ -274,7 +272,6 @@ def test_a_process_that_stood_still_for_longer_than_its_lease_has_lost_it_to_a_r
 
 @pytest.mark.usefixtures("often")
 def test_a_process_that_stood_still_and_was_not_replaced_goes_on(local_store, clock):
-    local_store.patience_s = 300
     with Lease(local_store) as lease:
         clock.now += 100
         beat = holders(local_store)[0]["beat"]
