@@ -250,7 +250,7 @@ class Lease:
         return self._lost is None
 
     def _lose_if_unanswered(self) -> None:
-        """Lose an expired lease, unless the storage was asked only just now, because this process stood still before."""
+        """Lose an expired lease, unless the storage has only just been asked: this process stood still before."""
         asking_since, now = self._asking_since, time.monotonic()
         if asking_since is not None and min(now - self._renewed, 2 * (now - asking_since)) > self._expires_s:
             self._lose(f"the run's lease could not be renewed for {self._expires_s:g} seconds ({self._trouble})")
