@@ -467,7 +467,7 @@ def _decode(key: str, data: bytes, columns: Iterable[str]) -> Any:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             _check_version(key, file.schema_arrow)
             return _readable(_conform(file.read(columns=list(columns), use_threads=False), columns))
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a column that is there twice
         raise ManifestError(
             f"{key} ({len(data)} bytes) is no readable manifest file: {error}. It was damaged or written by "
             "another program. `ditflow manifest verify` lists all such files; a row whose file is removed "

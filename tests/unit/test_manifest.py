@@ -395,6 +395,13 @@ def test_a_record_with_values_that_python_cannot_have_is_an_error_that_names_it(
         manifest.read()
 
 
+def test_a_record_with_a_column_twice_is_an_error_that_names_it(store, manifest):
+    row = rows_to_table([failed("r1")])
+    put_table(store, "manifest/r1.parquet", row.append_column("prompt", row["prompt"]))
+    with pytest.raises(ManifestError, match=r"manifest/r1.parquet .* no readable manifest file"):
+        manifest.read()
+
+
 @pytest.mark.parametrize("others", [[], [failed("r2")]])
 def test_a_file_without_the_row_that_it_is_named_after_is_an_error_that_names_it(store, manifest, others):
     put_table(store, "manifest/r1.parquet", rows_to_table(others))
