@@ -282,6 +282,7 @@ def _retyped(column: Any, kind: Any) -> Any:
 def _with_odd_values(column: Any, rng: random.Random) -> Any:
     """Return a column of the same type with some values that its type allows and nobody expects."""
     kind, count = column.type, len(column)
+    values: list[Any]
     if pa.types.is_temporal(kind) or pa.types.is_integer(kind):
         values = [rng.choice((None, 0, 1, -1, 2**31 - 1, -(2**31), 2**62, -(2**62), 10**15)) for _ in range(count)]
         return (

@@ -255,7 +255,7 @@ def read_run(data: bytes) -> None:
 def read_lease(data: bytes) -> None:
     store = an_output(**{LEASE_KEY: data})
     look_at(store)
-    with Lease(store, on_wait=str, sleep=lambda seconds: None) as lease:
+    with Lease(store, on_wait=lambda holder: print(holder, file=StringIO()), sleep=lambda seconds: None) as lease:
         lease.check()
 
 
