@@ -32,7 +32,7 @@ from running import run, write_spec
 from swift.server import SwiftServer
 
 from benchmarks.bench import RESULTS, command, machine, write_json
-from benchmarks.fuzz import TARGETS
+from benchmarks.fuzz.targets import TARGETS
 from benchmarks.hostile import as_markdown, hostile_table
 from jobs.spec import load_spec
 from pipeline.job import Job, Output

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from ditflow.artifact import ArtifactError, is_grid, read_artifact, write_artifact
@@ -43,8 +43,8 @@ class MotionReference:
     notes: tuple[str, ...] = ()
 
     @property
-    def displacement(self) -> Int[Tensor, "frames frames patches 2"]:
-        """The attention motion flow of the first guidance block, in patches."""
+    def displacement(self) -> Num[Tensor, "frames frames patches 2"]:
+        """The attention motion flow of the first guidance block, in patches; of a soft one no whole numbers."""
         return next(iter(self.payloads.values()))["displacement"]
 
     @property

@@ -300,7 +300,7 @@ class Ledger:
     def noted(self, row_id: str) -> str:
         """Return the last words of the latest process that left any, or nothing."""
         try:
-            return self.store.read(_note_key(row_id)).decode()
+            return self.store.read(_note_key(row_id)).decode(errors="replace")
         except StoreMissingError:
             return ""
 

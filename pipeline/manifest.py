@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
@@ -164,7 +165,7 @@ class Manifest:
             digest = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
             if not digest.schema.equals(_DIGEST_SCHEMA):
                 return _DIGEST_SCHEMA.empty_table()  # of another release
-            digest.validate(full=True)
+            digest = _readable(digest)
             marks = zip(*(digest[name].to_pylist() for name in _ENTRY), strict=True)
             same = [written is not None and entries.get(key) == Entry(size, written) for key, size, written in marks]
             return digest.filter(pa.array(same, pa.bool_()))
@@ -182,12 +183,18 @@ class Manifest:
         return rows[0] if rows else None
 
     def recorded(self, row_id: str) -> dict[str, Any] | None:
-        """Return a row that was recorded since the manifest was merged last, or None; one request."""
+        """Return a row that was recorded since the manifest was merged last, or None; one request.
+
+        Raises ManifestError for a file that is named after the row and has other rows, or none.
+        """
         key = _key(row_id)
         try:
-            return self.load(key).to_pylist()[0]
+            rows = {row["row_id"]: row for row in self.load(key).to_pylist()}
         except StoreMissingError:
             return None
+        if row_id not in rows:
+            raise ManifestError(f"{key} has no record of its row: it was changed or renamed. Remove it to make the row")
+        return rows[row_id]
 
     def forget(self, row_ids: Iterable[str]) -> list[str]:
         """Remove rows that failed, so that they are tried again, and return the ids removed, sorted.
@@ -394,7 +401,8 @@ class Manifest:
 
     def _check_hashes(self, rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> list[Problem]:
         # A file of the wrong size is reported already; reading it would say nothing new.
-        whole = [row for row in rows if sizes.get(output_key(row["output_uri"]) or "") == row["output_bytes"]]
+        keyed = [(output_key(row["output_uri"]) or "", row) for row in rows]
+        whole = [row for key, row in keyed if key in sizes and sizes[key] == row["output_bytes"]]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             checked = counted(pool.map(self._check_hash, whole), "the outputs to be hashed", len(whole))
             return [problem for problem in checked if problem is not None]
@@ -459,7 +467,7 @@ def _decode(key: str, data: bytes, columns: Iterable[str]) -> Any:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             _check_version(key, file.schema_arrow)
             return _readable(_conform(file.read(columns=list(columns), use_threads=False), columns))
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # KeyError: a column that is there twice
         raise ManifestError(
             f"{key} ({len(data)} bytes) is no readable manifest file: {error}. It was damaged or written by "
             "another program. `ditflow manifest verify` lists all such files; a row whose file is removed "
@@ -492,8 +500,13 @@ def _conform(table: Any, columns: Iterable[str]) -> Any:
 def _readable(table: Any) -> Any:
     """Return the rows, of which those that somebody gave another status than the known ones have failed.
 
-    Raises ValueError for rows without an id, which are nobody's.
+    Raises ValueError for rows without an id, which are nobody's, for bytes that are no text, and for times that Python
+    does not know.
     """
+    table.validate(full=True)
+    for field in table.schema:
+        if pa.types.is_timestamp(field.type) and not _is_of_this_era(table[field.name]):
+            raise ValueError(f"{field.name} is not within the years 1 to 9999")
     if "row_id" in table.column_names and table["row_id"].null_count:
         raise ValueError(f"{table['row_id'].null_count} of its rows have no row_id")
     if "status" not in table.column_names:
@@ -501,6 +514,15 @@ def _readable(table: Any) -> Any:
     known = pc.is_in(table["status"], value_set=pa.array(STATUSES))
     place = table.column_names.index("status")
     return table.set_column(place, table.schema.field("status"), pc.if_else(known, table["status"], "failed"))
+
+
+def _is_of_this_era(times: Any) -> bool:
+    return not pc.any(pc.or_(pc.less(times, _FIRST_TIME), pc.greater(times, _LAST_TIME))).as_py()
+
+
+_FIRST_TIME, _LAST_TIME = (
+    pa.scalar(time.replace(tzinfo=UTC), pa.timestamp("us", tz="UTC")) for time in (datetime.min, datetime.max)
+)
 
 
 def _schema(columns: Iterable[str]) -> Any:

@@ -94,9 +94,11 @@ def _building_from(folder: Path) -> Iterator[None]:
     """Turn whatever the libraries raise over a folder's files into a ModelConfigError that names the folder."""
     try:
         yield
-    except (ModelConfigError, ModelNotFoundError, SettingsError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (ModelConfigError, ModelNotFoundError, SettingsError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the machine; libraries raise others for a file
+            raise
         raise ModelConfigError(
             f"{folder}: the model cannot be built: {type(error).__name__}: {error}. Its files do not fit together, or "
             "one is damaged: copy the folder again from where it came"

@@ -83,6 +83,7 @@ _TEXT_ENCODER = {
     "d_kv": count(1024),
     "vocab_size": count(2**20),
 }
+_SCHEDULER = {"num_train_timesteps": count_or_nothing(100_000)}
 """What is used of the parts' configurations, or decides how much memory they take."""
 _MOST_TEXT_TOKENS = 226  # where a configuration leaves it to diffusers' default
 # What one block keeps for its backward pass, in tensors of tokens x D: 12.1 as measured by `make bench`, and some room.
@@ -101,7 +102,7 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
     """Load a diffusers folder; `identity` goes to `CogVideoX`."""
-    _check_sizes(folder)
+    _check_parts(folder)
     # One bar for each of five parts, gone before it can be read.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -122,9 +123,13 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
     return read_config(folder / "transformer" / "config.json", _TRANSFORMER)
 
 
-def _check_sizes(folder: Path) -> None:
-    """Raise ModelConfigError for parts that are larger than their weights: they are allocated before those are read."""
+def _check_parts(folder: Path) -> None:
+    """Raise ModelConfigError for parts that are larger than their weights: they are allocated before those are read.
+
+    And for a scheduler's configuration that is a text: diffusers would take it for a model of the hub and ask for that.
+    """
     read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
+    read_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
     file, config = folder / "transformer" / "config.json", _read_transformer(folder)
     heads, head_dim = config.get("num_attention_heads") or 30, config.get("attention_head_dim") or 64  # as in diffusers
     layers, width = config["num_layers"], heads * head_dim

@@ -356,3 +356,9 @@ def test_an_output_that_is_gone_stops_the_job_and_is_not_made_anew(tmp_path, the
             write()
         assert classify(caught.value).stops_job
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_last_words_that_are_no_text_are_kept_as_far_as_they_are(local_store):
+    ledger = Ledger(local_store)
+    local_store.put("attempts/r1/last-words", b"CUDA error \xff")
+    assert ledger.noted("r1") == "CUDA error \ufffd"

@@ -383,6 +383,32 @@ def test_an_unreadable_file_is_an_error_that_names_it(store, manifest, content):
         manifest.statuses()
 
 
+NO_TEXT = pa.array([b"\xff"]).view(pa.string())
+NO_TIME = pa.array([2**62]).view(pa.timestamp("us", tz="UTC"))
+
+
+@pytest.mark.parametrize(("column", "values"), [("prompt", NO_TEXT), ("finished_at", NO_TIME)])
+def test_a_record_with_values_that_python_cannot_have_is_an_error_that_names_it(store, manifest, column, values):
+    row = rows_to_table([failed("r1")])
+    put_table(store, "manifest/r1.parquet", row.set_column(row.column_names.index(column), column, values))
+    with pytest.raises(ManifestError, match=r"manifest/r1.parquet .* no readable manifest file"):
+        manifest.read()
+
+
+def test_a_record_with_a_column_twice_is_an_error_that_names_it(store, manifest):
+    row = rows_to_table([failed("r1")])
+    put_table(store, "manifest/r1.parquet", row.append_column("prompt", row["prompt"]))
+    with pytest.raises(ManifestError, match=r"manifest/r1.parquet .* no readable manifest file"):
+        manifest.read()
+
+
+@pytest.mark.parametrize("others", [[], [failed("r2")]])
+def test_a_file_without_the_row_that_it_is_named_after_is_an_error_that_names_it(store, manifest, others):
+    put_table(store, "manifest/r1.parquet", rows_to_table(others))
+    with pytest.raises(ManifestError, match="manifest/r1.parquet has no record of its row"):
+        manifest.recorded("r1")
+
+
 def test_a_parquet_file_of_another_program_is_an_error_that_shows_its_columns(store, manifest):
     put_table(store, "manifest/x.parquet", pa.table({"a": [1], "b": [2]}))
     with pytest.raises(ManifestError, match="no row_id and status, but a, b"):
@@ -488,6 +514,14 @@ def test_an_unreadable_record_is_found_and_its_output_is_not_called_an_orphan(st
     assert found(manifest) == expected
 
 
+def test_a_lost_output_whose_size_was_taken_out_of_its_record_is_missed(store, manifest):
+    row = rows_to_table([finished(store, "r1")])
+    column = row.column_names.index("output_bytes")
+    put_table(store, "manifest/r1.parquet", row.set_column(column, "output_bytes", pa.nulls(1, pa.int64())))
+    store.delete("videos/r1.mp4")
+    assert found(manifest) == [("output_missing", "r1", "videos/r1.mp4")]
+
+
 def test_a_moved_job_verifies_and_a_file_lost_on_the_way_is_missed(local_store, tmp_path):
     amf = local_store.put("amf/m.safetensors", b"amf")
     lost = local_store.put("banks/b.safetensors", b"bank")
@@ -566,6 +600,26 @@ def test_a_memory_with_other_columns_is_no_memory(manifest):
     manifest.remember()
     digest = pq.read_table(pa.BufferReader(manifest.store.read("digest.parquet")))
     manifest.store.put("digest.parquet", parquet_bytes(digest.drop_columns(["node"])))
+    assert manifest.statuses() == {"a": "failed"}
+
+
+@pytest.mark.parametrize(("column", "values"), [("row_id", pa.nulls(1, pa.string())), ("finished_at", NO_TIME)])
+def test_a_memory_with_values_that_no_record_has_is_no_memory(manifest, column, values):
+    manifest.commit(failed("a"))
+    manifest.remember()
+    digest = pq.read_table(pa.BufferReader(manifest.store.read("digest.parquet")))
+    changed = digest.set_column(digest.column_names.index(column), column, values)
+    manifest.store.put("digest.parquet", parquet_bytes(changed))
+    assert len(manifest.remembered(manifest.entries())) == 0
+    assert manifest.statuses() == {"a": "failed"}
+
+
+def test_a_status_that_a_memory_has_from_elsewhere_is_a_failure(manifest):
+    manifest.commit(failed("a"))
+    manifest.remember()
+    digest = pq.read_table(pa.BufferReader(manifest.store.read("digest.parquet")))
+    column = digest.column_names.index("status")
+    manifest.store.put("digest.parquet", parquet_bytes(digest.set_column(column, "status", pa.nulls(1, pa.string()))))
     assert manifest.statuses() == {"a": "failed"}
 
 

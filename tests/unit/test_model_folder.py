@@ -80,6 +80,21 @@ def test_a_part_that_is_missing_is_named(folder):
         backbones.identify(str(folder))
 
 
+@pytest.mark.parametrize("text", ['"someone/model"', "-1"])
+def test_a_scheduler_that_names_a_model_of_the_hub_is_refused(folder, text):
+    (folder / "scheduler" / "scheduler_config.json").write_text(text)
+    with pytest.raises(ModelConfigError, match="scheduler_config.json: expected a JSON object"):
+        backbones.load(str(folder))
+
+
+def test_a_file_that_only_libraries_read_is_refused_with_the_folder(folder):
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "transformer" / "other.safetensors"
+    )
+    with pytest.raises(ModelConfigError, match=f"{folder}: the model cannot be built: OSError"):
+        backbones.load(str(folder))
+
+
 def test_weights_of_another_shape_are_refused_with_the_folder(folder):
     change(folder / "transformer" / "config.json", in_channels=8)
     with pytest.raises(ModelConfigError, match=f"{folder}: the model cannot be built"):
