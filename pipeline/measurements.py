@@ -20,7 +20,7 @@ from ditflow.metrics import METRICS
 from ditflow.metrics.base import MetricSettings
 from pipeline.job import content_id
 from pipeline.manifest import READ_THREADS, Manifest, is_video, parquet_bytes
-from pipeline.store import Store
+from pipeline.store import Store, StoreDamagedError
 from pipeline.waits import counted
 
 FOLDER = "metrics"
@@ -121,7 +121,18 @@ class Measurements:
         return [row for row in self.read().to_pylist() if (row["metric"], row["settings_id"]) in wanted]
 
     def _table(self, key: str) -> Any:
-        return pq.read_table(pa.BufferReader(self.store.read(key))).select(SCHEMA.names).cast(SCHEMA)
+        """Return one file's measurements; StoreDamagedError, which names it, for a file that has none."""
+        data = self.store.read(key)
+        try:
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise StoreDamagedError(
+                f"{self.store.uri_of(key)} ({len(data)} bytes) has no measurements that can be read ({error!s:.200}): "
+                "it is damaged, or another program wrote it. Remove it, and run `ditflow evaluate` again"
+            ) from error
+        return table
 
 
 def values_by_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -73,10 +73,10 @@ def latest_run(store: Store) -> Run | None:
 def _run(told: Any) -> Run:
     run = Run(**{name: value for name, value in told.items() if name in Run.__dataclass_fields__})
     counts = [run.planned, run.motions, *(count for count in (run.todo, run.kept) if count is not None)]
-    times = [float(run.started_at), float(run.lease_s)]
+    times = [run.started_at, run.lease_s]
     if not all(isinstance(count, int) and count >= 0 for count in counts):
         raise ValueError(f"the counts {counts!r:.100}")
-    if not all(0 <= time_ < _END_OF_TIME for time_ in times):
+    if not all(isinstance(time_, int | float) and 0 <= time_ < _END_OF_TIME for time_ in times):
         raise ValueError(f"the times {times!r:.100}")
     if not all(isinstance(note, str) for note in run.notes):
         raise ValueError(f"the notes {run.notes!r:.100}")

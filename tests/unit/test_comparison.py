@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 
 from ditflow.metrics import METRICS
@@ -13,9 +14,9 @@ from ditflow.metrics.base import MetricSettings
 from ditflow.settings import SettingsError
 from jobs.display import print_comparison
 from pipeline.comparison import ComparisonError, compare
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, parquet_bytes
 from pipeline.measurements import Figure, Measurements
-from pipeline.store import Store
+from pipeline.store import Store, StoreDamagedError
 
 SETTINGS = MetricSettings()
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -232,3 +233,10 @@ def test_a_comparison_without_any_value_says_so_and_why(store, capsys):
         "no row has a value of any figure",
         "plain: 1 rows without motion_fidelity: the row has no reference",
     ]
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1 but no more", parquet_bytes(pa.table({"row_id": ["r"]}))])
+def test_measurements_that_cannot_be_read_are_named_by_their_file(store, data):
+    store.put("metrics/r-1.parquet", data)
+    with pytest.raises(StoreDamagedError, match=r"metrics/r-1\.parquet \([0-9]+ bytes\) has no measurements"):
+        Measurements(store).read()

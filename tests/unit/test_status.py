@@ -332,8 +332,9 @@ def test_a_watch_of_no_seconds_is_refused(local_store):
     "damaged",
     [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"planned": "9", "started_at": 0}', b'{"started_at": 0}',
      b'{"planned": 9, "started_at": NaN}', b'{"planned": 9, "started_at": 1e300}', b'{"planned": -1, "started_at": 0}',
+     b'{"planned": 9, "started_at": "5.0"}',
      b'{"planned": 9, "started_at": 0, "notes": 5}', b'{"planned": 9, "started_at": 0, "lease_s": null}'],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_a_damaged_word_of_the_run_is_named_by_its_file(local_store, damaged):
     local_store.put(RUN_KEY, damaged)
