@@ -279,7 +279,8 @@ def sizes() -> list[dict[str, Any]]:
 def print_rows(rows: Mapping[str, Any]) -> None:
     """Print a line for every way, with its difference in motion fidelity to what it is held against."""
     for name, row in rows.items():
-        baseline = next(other for other in (at_the_size_of(name)[0], whole_of(name)) if other in rows)
+        held_against = (at_the_size_of(name)[0], whole_of(name), name)  # itself, if neither was asked for
+        baseline = next(other for other in held_against if other in rows)
         cells = " ".join(
             f"{f} {row[f]['mean']:.3f} [{row[f]['low']:.3f}, {row[f]['high']:.3f}]"
             for f in ("track_cosine", "motion_fidelity", *WORDS)
