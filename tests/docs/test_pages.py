@@ -244,6 +244,7 @@ def interval(entries: list[dict[str, Any]], variant: str, figure: str) -> str:
                 "MOFT": "moft",
                 "MotionClone": "motionclone",
                 "DiTFlow, latents": "ditflow-latent",
+                "DiTFlow, latents, best of four noises": "ditflow-4-noises",
                 "DiTFlow, positions": "ditflow-position",
                 "DiTFlow, zero-shot": "ditflow-zero-shot",
             },
