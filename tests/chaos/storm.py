@@ -133,7 +133,7 @@ class Storm:
             "sampling": {"steps": 3},
             "output": {"uri": f"{root}/out"},
             "resources": {"generate": {"actors": 2}, "threads": 1},
-            "faults": {"storage_patience_s": PATIENCE_S, "lease_s": 15, **faults},
+            "faults": {"storage_patience_s": PATIENCE_S, **faults},
         }
         file = self._folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(spec))
