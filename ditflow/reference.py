@@ -44,7 +44,7 @@ class MotionReference:
 
     @property
     def displacement(self) -> Num[Tensor, "frames frames patches 2"]:
-        """The attention motion flow of the first guidance block, in patches; of a soft one no whole numbers."""
+        """The attention motion flow of the first guidance block, in patches; fractional for a soft reference."""
         return next(iter(self.payloads.values()))["displacement"]
 
     @property

@@ -500,13 +500,14 @@ def _conform(table: Any, columns: Iterable[str]) -> Any:
 def _readable(table: Any) -> Any:
     """Return the rows, of which those that somebody gave another status than the known ones have failed.
 
-    Raises ValueError for rows without an id, which are nobody's, for bytes that are no text, and for times that Python
-    does not know.
+    Raises ValueError for rows without an id, for strings that are not UTF-8, and for times that datetime cannot hold.
     """
     table.validate(full=True)
     for field in table.schema:
-        if pa.types.is_timestamp(field.type) and not _is_of_this_era(table[field.name]):
-            raise ValueError(f"{field.name} is not within the years 1 to 9999")
+        if pa.types.is_timestamp(field.type):
+            times = table[field.name]
+            if pc.any(pc.or_(pc.less(times, _FIRST_TIME), pc.greater(times, _LAST_TIME))).as_py():
+                raise ValueError(f"{field.name} is not within the years 1 to 9999")
     if "row_id" in table.column_names and table["row_id"].null_count:
         raise ValueError(f"{table['row_id'].null_count} of its rows have no row_id")
     if "status" not in table.column_names:
@@ -514,10 +515,6 @@ def _readable(table: Any) -> Any:
     known = pc.is_in(table["status"], value_set=pa.array(STATUSES))
     place = table.column_names.index("status")
     return table.set_column(place, table.schema.field("status"), pc.if_else(known, table["status"], "failed"))
-
-
-def _is_of_this_era(times: Any) -> bool:
-    return not pc.any(pc.or_(pc.less(times, _FIRST_TIME), pc.greater(times, _LAST_TIME))).as_py()
 
 
 _FIRST_TIME, _LAST_TIME = (

@@ -124,9 +124,10 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def _check_parts(folder: Path) -> None:
-    """Raise ModelConfigError for parts that are larger than their weights: they are allocated before those are read.
+    """Raise ModelConfigError for parts that must not be built.
 
-    And for a scheduler's configuration that is a text: diffusers would take it for a model of the hub and ask for that.
+    A part larger than its weights would be allocated before the weights are read. A scheduler configuration that is a
+    JSON string would be taken by diffusers for the name of a model, and requested from the hub.
     """
     read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
     read_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
