@@ -1,11 +1,20 @@
-"""The command line with two rows that are poison: one kills its process, one never ends; the others take their time."""
+"""The command line with two rows that are poison: one kills its process, one never ends; the others take their time.
 
+It also bears witness: a driver at work holds a lock of the operating system on a file beside its spec, and one that
+finds the lock taken says so in another.
+"""
+
+import fcntl
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pipeline.graph
+import pipeline.run
 from jobs.cli import main
+from pipeline.run import run_plan
 from pipeline.stages.generate import FinishRow
 
 KILLS, NEVER_ENDS = "a prompt that kills its process", "a prompt that never ends"
@@ -22,6 +31,23 @@ class PoisonRow(FinishRow):
         return super()._make(work, row)
 
 
+def run_with_witness(*args, **kwargs):
+    """Run a plan, and leave a note if another driver is at work on it."""
+    spec = Path(sys.argv[-1])
+    with spec.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            two_drivers(spec).touch()
+        return run_plan(*args, **kwargs)
+
+
+def two_drivers(spec: Path) -> Path:
+    """The note that two drivers were at work at once."""
+    return spec.with_suffix(".two-drivers")
+
+
 if __name__ == "__main__":
     pipeline.graph.FinishRow = PoisonRow
+    pipeline.run.run_plan = run_with_witness
     main()

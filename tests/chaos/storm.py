@@ -2,6 +2,9 @@
 
 The job runs on a Ray cluster of several nodes on this machine and writes to a real S3 server. Which kill comes when is
 drawn from a seed; a kill comes when so many rows have ended, so that it meets a job at work on any machine.
+
+Two kinds are no kills but what people and machines do to an output: it is moved to another folder under the run and put
+back when the run has stopped, and files that no run wrote appear among the leases, upon which a second run is started.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from swift.server import SwiftServer
 
-from chaos.driver import KILLS, NEVER_ENDS
+from chaos.driver import KILLS, NEVER_ENDS, two_drivers
 from jobs.clips import render_clips
 from jobs.spec import load_spec
 from pipeline.faults import Ledger
@@ -34,11 +37,13 @@ from pipeline.plan import make_plan
 from pipeline.store import Store, open_fs
 
 PROMPTS = ("a red ball moving over grass", "a blue star moving over sand", "a white ring moving on water")
-KINDS = ("driver", "actor", "node", "object server", "503 burst")
+KINDS = ("driver", "actor", "node", "object server", "503 burst", "output moved", "foreign lease files")
 POISON = {KILLS: "quarantined", NEVER_ENDS: "failed"}
 BURST = {"status": 503, "rate": 0.5}
 BURST_S, OUTAGE_S, SETTLED_S = 5.0, 3.0, 5.0
 PATIENCE_S, DEADLINE_S = 300.0, 40.0
+NOTICED_S = 120.0
+FOREIGN = ("lease/.nfs00000000004c0f2a00000001", "lease/.DS_Store", "lease/000001.json~", "lease/note.txt")
 NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
 ACTOR = b"ray::MapWorker(Map(GenerateVideo"
 
@@ -78,6 +83,8 @@ class Report:
     innocents_lost: int = 0
     lost: int = 0
     duplicates: int = 0
+    two_drivers: bool = False
+    """Whether two drivers were ever at work at once."""
     orphans_before_cleaning: int = 0
     problems_after_cleaning: int = 0
     outputs: dict[str, str] = field(default_factory=dict)
@@ -170,8 +177,8 @@ class Storm:
             raise AssertionError(f"the driver ended with {driver.returncode}:\n{self._log.read_text()[-4000:]}")
         return self._start_driver()
 
-    def _start_driver(self) -> subprocess.Popen:
-        with self._log.open("ab") as log:
+    def _start_driver(self, log: Path | None = None) -> subprocess.Popen:
+        with (log or self._log).open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "chaos.driver", "run", str(self.spec)],
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "RAY_ADDRESS": self._address},
@@ -190,6 +197,8 @@ class Storm:
             "node": self._kill_node,
             "object server": self._kill_object_server,
             "503 burst": self._burst,
+            "output moved": lambda: self._move_output(driver),
+            "foreign lease files": lambda: self._leave_foreign_files(driver),
         }[kind]()
         return struck is not False
 
@@ -232,6 +241,26 @@ class Storm:
         time.sleep(BURST_S)
         self._swift.faults.clear()
 
+    def _move_output(self, driver: subprocess.Popen) -> bool:
+        """Move the output away until the run has noticed and ended by itself, then put it back beside what it wrote."""
+        away = Store(f"{self._bucket}/away", patience_s=PATIENCE_S)
+        _move(self.store, away)
+        struck = driver.poll() is None
+        driver.wait(NOTICED_S)
+        _move(away, self.store)
+        return struck
+
+    def _leave_foreign_files(self, driver: subprocess.Popen) -> bool:
+        """Leave files among the leases that no run wrote, and start a second run: it must be refused."""
+        for key in FOREIGN:
+            self.store.put(key, b"\0")
+        log = self._folder / "rival.log"
+        log.unlink(missing_ok=True)
+        refused = self._start_driver(log).wait() == 1 and "another run is working on this output" in log.read_text()
+        if driver.poll() is None and not refused:
+            raise AssertionError(f"the second run was not refused:\n{log.read_text()[-4000:]}")
+        return refused
+
     @contextmanager
     def _cluster(self) -> Iterator[Cluster]:
         """Lend a cluster: a head without room for actors, and two machines with."""
@@ -259,6 +288,7 @@ class Storm:
                 report.poison[row["prompt"]] = {key: row[key] for key in ("status", "error_kind", "attempts")}
             elif row["status"] != "ok":
                 report.innocents_lost += 1
+        report.two_drivers = two_drivers(self.spec).exists()
         report.orphans_before_cleaning = sum(problem.kind == "orphan" for problem in self.manifest.verify(False))
         report.remade = sum(self._is_remade(row) for row in rows if _ok(row))
         command = [sys.executable, "-m", "jobs", "manifest", "verify", "--clean", "--yes", self.store.uri]
@@ -271,6 +301,13 @@ class Storm:
         record = self.store.uri_of(f"manifest/{row['row_id']}.parquet")
         written, recorded = (open_fs(uri)[0].info(uri)["LastModified"] for uri in (row["output_uri"], record))
         return written > recorded
+
+
+def _move(source: Store, target: Store) -> None:
+    """Move all objects; records come last, as a run writes them, so that none is older than its output."""
+    for key in sorted(source.list(), key=lambda key: key.startswith("manifest/")):
+        target.put(key, source.read(key))
+        source.delete(key)
 
 
 def _ok(row: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ def test_a_job_that_is_killed_in_every_way_loses_nothing_and_doubles_nothing(clu
     assert report.kills == Counter(KINDS)
     assert report.statuses == {"ok": ROWS - 2, "failed": 1, "quarantined": 1}
     assert (report.lost, report.duplicates, report.innocents_lost, report.remade) == (0, 0, 0, 0)
+    assert not report.two_drivers
     assert report.problems_after_cleaning == 0
     assert report.poison[KILLS]["error_kind"] == "worker_died"
     assert report.poison[NEVER_ENDS]["error_kind"] == "deadline"
