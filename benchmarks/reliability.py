@@ -43,7 +43,7 @@ from pipeline.run import ROWS_REMEMBERED, connect
 from pipeline.status import Watch
 from pipeline.store import Store
 
-CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 60, 25, 0
+CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 60, 35, 0
 STORM_S, STORM = 60.0, {"status": 503, "rate": 0.5}
 PLANNED_ROWS, ROWS_PER_FILE, RESUMED_ROWS = 1_000_000, 50_000, 10_000
 FUZZ_S = 600.0
