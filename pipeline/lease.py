@@ -33,6 +33,7 @@ _RENEWALS = 6
 """How often a lease is renewed before it would expire."""
 _LONGEST_WAIT_S = 3600.0
 """For a holder to show that it lives, whatever its file says."""
+_GONE = "the file of its lease is gone: the output was moved, emptied or unmounted"
 
 
 class LeaseHeldError(RuntimeError):
@@ -165,13 +166,20 @@ class Lease:
         for thread in self._threads:
             thread.join(self._expires_s)
         self._store.needs = None
+        was_lost = self._lost is not None
         with suppress(StoreError):  # what is left behind expires by itself
             found = _read(self._store, self._holder.number)
-            if found is not None and found.token == self._holder.token:
+            if found is None:
+                self._lost = self._lost or _GONE
+            elif found.token != self._holder.token:
+                self._lost = self._lost or _replaced_by(found)
+            else:
                 for number in sorted(_numbers(self._store.list(FOLDER))):
                     if number <= self._holder.number:
                         self._store.delete(_key(number))
         event("lease_given_back", number=self._holder.number)
+        if error is None and not was_lost:  # a run whose output was moved a moment ago has not succeeded
+            self.check()
 
     def check(self) -> None:
         """Raise LeaseLostError if this run must not go on."""
@@ -244,9 +252,9 @@ class Lease:
             return False
         found = _read(self._store, self._holder.number)
         if found is None:
-            self._lose("the file of its lease is gone: the output was moved, emptied or unmounted")
+            self._lose(_GONE)
         elif found.token != self._holder.token:
-            self._lose(f"another run works on this output ({found}): it was emptied or replaced meanwhile")
+            self._lose(_replaced_by(found))
         return self._lost is None
 
     def _lose_if_unanswered(self) -> None:
@@ -265,6 +273,10 @@ class Lease:
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
         if handled and (main := threading.main_thread().ident) is not None:
             signal.pthread_kill(main, handled[0])
+
+
+def _replaced_by(holder: Holder) -> str:
+    return f"another run works on this output ({holder}): it was emptied or replaced meanwhile"
 
 
 def _held_by(store: Store, holder: Holder) -> str:

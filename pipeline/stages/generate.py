@@ -27,7 +27,7 @@ from pipeline.stages.attempt import Desk, Outcome, earlier_fault, shown, stopped
 from pipeline.stages.banks import RecentBanks
 from pipeline.stages.read import Row
 from pipeline.stages.worker import Worker
-from pipeline.store import Stored
+from pipeline.store import Stored, StoreMissingError, StoreUnwritableError
 
 Columns = dict[str, Any]
 """Values of manifest columns."""
@@ -110,7 +110,7 @@ class FinishRow:
 
     def _take_motion(self, work: WorkRow, row: Row) -> Columns:
         """The output of an `extract` job is there already: the motion itself."""
-        data = self._job.read(row["amf_uri"])
+        data = self._stored_motion(row["amf_uri"])
         motion = MotionReference.from_bytes(data, row["amf_uri"])
         stored = Stored(row["amf_uri"], hashlib.sha256(data).hexdigest(), len(data))
         return {**_stored(stored), **_video(self._job.references.size, motion.fps), **_notes(motion)}
@@ -207,7 +207,17 @@ class FinishRow:
         return self._job_of(work).method
 
     def _read_motion(self, uri: str) -> MotionReference:
-        return MotionReference.from_bytes(self._job.read(uri), uri)
+        return MotionReference.from_bytes(self._stored_motion(uri), uri)
+
+    def _stored_motion(self, uri: str) -> bytes:
+        """Read a motion reference that this job has stored. That it is gone is the fault of no row."""
+        try:
+            return self._job.read(uri)
+        except StoreMissingError as error:
+            raise StoreUnwritableError(
+                f"{uri} is gone, although this job stored it: the output folder was moved, emptied or unmounted while "
+                "the job ran. Bring it back, or run the job where it is now."
+            ) from error
 
     # ------------------------------------------------------------------ what is recorded
 

@@ -34,7 +34,7 @@ from jobs.spec import load_spec
 from pipeline.faults import Ledger
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
-from pipeline.store import Store, open_fs
+from pipeline.store import Store, StoreMissingError, open_fs
 
 PROMPTS = ("a red ball moving over grass", "a blue star moving over sand", "a white ring moving on water")
 KINDS = ("driver", "actor", "node", "object server", "503 burst", "output moved", "foreign lease files")
@@ -306,8 +306,9 @@ class Storm:
 def _move(source: Store, target: Store) -> None:
     """Move all objects; records come last, as a run writes them, so that none is older than its output."""
     for key in sorted(source.list(), key=lambda key: key.startswith("manifest/")):
-        target.put(key, source.read(key))
-        source.delete(key)
+        with suppress(StoreMissingError):  # the run removes files too
+            target.put(key, source.read(key))
+            source.delete(key)
 
 
 def _ok(row: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from running import write_spec
 
 import pipeline.stages.generate as generate
 from ditflow.mini import mini_folder
+from jobs.clips import render_clips
 from jobs.spec import load_spec
 from pipeline.manifest import Manifest
 from pipeline.plan import make_plan
@@ -94,6 +95,18 @@ def test_a_fault_of_the_job_in_an_earlier_stage_is_passed_on_and_not_recorded(sp
     fault = not_to_blame(StoreError("the bucket is gone")).fault_json()
     told = FinishRow(spec.job, spec.model.revision)({**planned(spec), "fault": fault})
     assert (told["status"], told["error_message"]) == (STOPPED, "the bucket is gone")
+    assert Manifest(spec.job.store()).statuses() == {}
+
+
+def test_a_motion_that_the_job_stored_and_that_is_gone_stops_the_job_and_fails_no_row(tmp_path):
+    size = {"frames": 9, "height": 32, "width": 32}
+    render_clips(tmp_path / "references", count=1, seed=0)
+    spec = load_spec(write_spec(tmp_path, references={"uri": str(tmp_path / "references"), **size}))
+    uri = spec.job.store().uri_of("amf/0.safetensors")
+    row = {**planned(spec), "amf_uri": uri}
+    told = FinishRow(spec.job, spec.model.revision)(row)
+    assert told["status"] == STOPPED
+    assert "amf/0.safetensors is gone" in told["error_message"]
     assert Manifest(spec.job.store()).statuses() == {}
 
 

@@ -249,6 +249,26 @@ def test_a_run_whose_output_is_emptied_stops_and_writes_nothing_there(local_stor
     assert not os.path.exists(root)
 
 
+def test_a_run_that_ends_before_it_sees_that_its_output_was_emptied_has_not_succeeded(store):
+    with pytest.raises(LeaseLostError, match="moved, emptied or unmounted"), Lease(store):
+        store.delete("lease/000001.json")
+
+
+def test_a_run_that_fails_in_an_emptied_output_tells_of_its_own_failure(store):
+    def fail() -> None:
+        store.delete("lease/000001.json")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Lease(store):
+        fail()
+
+
+def test_a_run_that_ends_beside_another_with_its_number_has_not_succeeded(store):
+    with pytest.raises(LeaseLostError, match="another run works on this output"), Lease(store):
+        leave(store, token="of another")
+    assert [holder["token"] for holder in holders(store)] == ["of another"]
+
+
 @pytest.mark.usefixtures("interruptible", "often")
 def test_a_run_whose_number_another_has_since_the_output_was_emptied_stops_and_leaves_that_ones_lease(local_store):
     said = r"another run works on this output \(process 7 .*was emptied"
