@@ -1,6 +1,9 @@
 """A run that is stopped gives the rows in flight their tries back, whatever stops it, and however often."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -65,3 +68,16 @@ def test_a_run_that_is_stopped_before_its_first_row_leaves_the_tries_of_earlier_
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     stop(tmp_path)
     assert begun.unfinished() == {"0a": 1}
+
+
+def test_what_closes_after_the_end_of_ray_does_not_start_it_anew():
+    program = (
+        "import pipeline.source, ray\n"
+        "source = object.__new__(pipeline.source.Source)\n"
+        "source._ended = None\n"
+        "source.close()\n"
+        "print(ray.is_initialized())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
