@@ -202,13 +202,16 @@ class Storm:
         }[kind]()
         return struck is not False
 
-    def _kill_driver(self, driver: subprocess.Popen) -> None:
+    def _kill_driver(self, driver: subprocess.Popen) -> bool:
+        """Kill the driver, and see what becomes of the rows in flight. Return whether it was at work."""
+        struck = driver.poll() is None
         driver.kill()
         driver.wait()
         in_flight = len(self._rows_in_flight())
         time.sleep(SETTLED_S)  # its actors die with it; a row in flight may still end before
         self.report.in_flight.append(in_flight)
         self.report.redone.append(len(self._rows_in_flight() - {*self.manifest.statuses()}))
+        return struck
 
     def _rows_in_flight(self) -> set[str]:
         return {work for work in self.ledger.unfinished() if work in self._row_ids}
