@@ -43,7 +43,7 @@ from pipeline.run import ROWS_REMEMBERED, connect
 from pipeline.status import Watch
 from pipeline.store import Store
 
-CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 60, 35, 0
+CHAOS_ROWS, CHAOS_KILLS, CHAOS_SEED = 160, 35, 0
 STORM_S, STORM = 60.0, {"status": 503, "rate": 0.5}
 PLANNED_ROWS, ROWS_PER_FILE, RESUMED_ROWS = 1_000_000, 50_000, 10_000
 FUZZ_S = 600.0
@@ -53,7 +53,7 @@ FUZZ_S = 600.0
 
 
 def chaos(folder: Path, swift: SwiftServer) -> dict[str, Any]:
-    """A job of 60 rows under 25 kills of every kind, two of its rows poison, against the same job in peace."""
+    """A job under kills of every kind, two of its rows poison, against the same job in peace."""
     connect()
     storm = Storm(folder, swift, CHAOS_ROWS, CHAOS_SEED)
     report = storm.run(draw_kills(CHAOS_KILLS, CHAOS_ROWS, CHAOS_SEED))

@@ -42,6 +42,8 @@ POISON = {KILLS: "quarantined", NEVER_ENDS: "failed"}
 BURST = {"status": 503, "rate": 0.5}
 BURST_S, OUTAGE_S, SETTLED_S = 5.0, 3.0, 5.0
 PATIENCE_S, DEADLINE_S = 300.0, 40.0
+_STRUCK_SHARE = 0.8
+"""Of the rows during which kills come: the last ones shall not meet a job that is over."""
 NOTICED_S = 120.0
 FOREIGN = ("lease/.nfs00000000004c0f2a00000001", "lease/.DS_Store", "lease/000001.json~", "lease/note.txt")
 NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
@@ -61,7 +63,7 @@ def draw_kills(count: int, rows: int, seed: int, kinds: tuple[str, ...] = KINDS)
     random_ = random.Random(seed)
     order = [kinds[number % len(kinds)] for number in range(count)]
     random_.shuffle(order)
-    moments = sorted(random_.randrange(1, max(2, rows - 2)) for _ in range(count))
+    moments = sorted(random_.randrange(1, max(2, round(_STRUCK_SHARE * rows))) for _ in range(count))
     return [Kill(moment, kind) for moment, kind in zip(moments, order, strict=True)]
 
 
@@ -157,15 +159,16 @@ class Storm:
 
     def run(self, kills: list[Kill]) -> Report:
         """Start the job, kill as told, start it again whenever its driver is gone, and report when it is done."""
-        started, left = time.monotonic(), [*kills]
+        started, left, struck_at = time.monotonic(), [*kills], 0
         with self._cluster() as self._nodes:
             driver = self._start_driver()
             while driver.poll() is None or left or driver.returncode not in (0, 3):
                 if driver.poll() is not None:
                     driver = self._next_driver(driver)
-                elif left and self._ended() >= left[0].rows:
+                elif left and self._ended() >= min(max(left[0].rows, struck_at + 1), self.report.rows):
                     kind = left.pop(0).kind
-                    self.report.kills[kind] += self._strike(kind, driver)
+                    self.report.kills[kind] += driver.poll() is None and self._strike(kind, driver)
+                    struck_at = self._ended()
                 time.sleep(0.1)
         self.report.seconds = round(time.monotonic() - started, 1)
         self._take_stock()
@@ -202,16 +205,14 @@ class Storm:
         }[kind]()
         return struck is not False
 
-    def _kill_driver(self, driver: subprocess.Popen) -> bool:
-        """Kill the driver, and see what becomes of the rows in flight. Return whether it was at work."""
-        struck = driver.poll() is None
+    def _kill_driver(self, driver: subprocess.Popen) -> None:
+        """Kill the driver, and see what becomes of the rows in flight."""
         driver.kill()
         driver.wait()
         in_flight = len(self._rows_in_flight())
         time.sleep(SETTLED_S)  # its actors die with it; a row in flight may still end before
         self.report.in_flight.append(in_flight)
         self.report.redone.append(len(self._rows_in_flight() - {*self.manifest.statuses()}))
-        return struck
 
     def _rows_in_flight(self) -> set[str]:
         return {work for work in self.ledger.unfinished() if work in self._row_ids}
@@ -244,14 +245,12 @@ class Storm:
         time.sleep(BURST_S)
         self._swift.faults.clear()
 
-    def _move_output(self, driver: subprocess.Popen) -> bool:
+    def _move_output(self, driver: subprocess.Popen) -> None:
         """Move the output away until the run has noticed and ended by itself, then put it back beside what it wrote."""
         away = Store(f"{self._bucket}/away", patience_s=PATIENCE_S)
         _move(self.store, away)
-        struck = driver.poll() is None
         driver.wait(NOTICED_S)
         _move(away, self.store)
-        return struck
 
     def _leave_foreign_files(self, driver: subprocess.Popen) -> bool:
         """Leave files among the leases that no run wrote, and start a second run: it must be refused."""
