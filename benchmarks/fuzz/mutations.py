@@ -167,6 +167,8 @@ def yaml_structure(data: bytes, rng: random.Random) -> bytes:
     try:
         text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=rng.random() < 0.5)
         return text.encode(errors="replace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape; and JSON is YAML
+        return json.dumps(values, default=str, skipkeys=True).encode()
     except (yaml.YAMLError, RecursionError):
         return data
 
