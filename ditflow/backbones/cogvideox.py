@@ -83,6 +83,12 @@ _TEXT_ENCODER = {
     "d_kv": count(1024),
     "vocab_size": count(2**20),
 }
+_TOKENIZER = {
+    "extra_ids": (
+        "a whole number from 0 to 10000, or null",
+        lambda value: value in (None, 0) or is_count(value, 10_000),
+    )
+}
 _SCHEDULER = {"num_train_timesteps": count_or_nothing(100_000)}
 """What is used of the parts' configurations, or decides how much memory they take."""
 _MOST_TEXT_TOKENS = 226  # where a configuration leaves it to diffusers' default
@@ -119,6 +125,13 @@ def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geome
     return geometry_of(name, _read_transformer(folder), vae, defaults)
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Raise ModelConfigError for a tokenizer that would be filled with a giant number of words of its own."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    if file.exists():  # it may be left out
+        read_config(file, _TOKENIZER)
+
+
 def _read_transformer(folder: Path) -> dict[str, Any]:
     return read_config(folder / "transformer" / "config.json", _TRANSFORMER)
 
@@ -131,6 +144,7 @@ def _check_parts(folder: Path) -> None:
     """
     read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
     read_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    _check_tokenizer(folder)
     file, config = folder / "transformer" / "config.json", _read_transformer(folder)
     heads, head_dim = config.get("num_attention_heads") or 30, config.get("attention_head_dim") or 64  # as in diffusers
     layers, width = config["num_layers"], heads * head_dim
@@ -144,6 +158,7 @@ def _check_parts(folder: Path) -> None:
 
 def read_text_limit(folder: Path) -> TextLimit:
     """Read how long a prompt of a diffusers folder may be; the weights are left alone."""
+    _check_tokenizer(folder)
     limit = _read_transformer(folder).get("max_text_seq_length") or _MOST_TEXT_TOKENS
     return TextLimit(limit, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 

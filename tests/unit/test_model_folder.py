@@ -87,6 +87,14 @@ def test_a_scheduler_that_names_a_model_of_the_hub_is_refused(folder, text):
         backbones.load(str(folder))
 
 
+@pytest.mark.parametrize("words", [10**400, 10**9, -1, "many"])
+@pytest.mark.parametrize("use", [backbones.load, backbones.read_text_limit])
+def test_a_tokenizer_with_a_giant_number_of_words_of_its_own_is_refused_before_it_is_filled(folder, use, words):
+    change(folder / "tokenizer" / "tokenizer_config.json", extra_ids=words)
+    with pytest.raises(ModelConfigError, match="tokenizer_config.json: extra_ids: .*expected a whole number from 0"):
+        use(str(folder))
+
+
 def test_a_file_that_only_libraries_read_is_refused_with_the_folder(folder):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(
         folder / "transformer" / "other.safetensors"
