@@ -5,9 +5,11 @@ finds the lock taken says so in another.
 """
 
 import fcntl
+import hashlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,12 @@ PAUSE_S = 0.5  # so that most kills meet a row that is being made
 
 
 class PoisonRow(FinishRow):
-    """Makes rows as ever, but for the poison."""
+    """Makes rows as ever, but for the poison, and begins none while the job is held."""
+
+    def __call__(self, row):
+        while hold(self._job.output.uri).exists():
+            time.sleep(0.1)
+        return super().__call__(row)
 
     def _make(self, work, row):
         if work.prompt == KILLS:
@@ -40,6 +47,11 @@ def run_with_witness(*args, **kwargs):
         except BlockingIOError:
             two_drivers(spec).touch()
         return run_plan(*args, **kwargs)
+
+
+def hold(output_uri: str) -> Path:
+    """The file that holds a job as long as it is there: its processes are on this machine."""
+    return Path(tempfile.gettempdir()) / f"hold-{hashlib.sha256(output_uri.encode()).hexdigest()[:16]}"
 
 
 def two_drivers(spec: Path) -> Path:

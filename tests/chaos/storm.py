@@ -28,7 +28,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from swift.server import SwiftServer
 
-from chaos.driver import KILLS, NEVER_ENDS, two_drivers
+from chaos.driver import KILLS, NEVER_ENDS, hold, two_drivers
 from jobs.clips import render_clips
 from jobs.spec import load_spec
 from pipeline.faults import Ledger
@@ -253,12 +253,19 @@ class Storm:
         _move(away, self.store)
 
     def _leave_foreign_files(self, driver: subprocess.Popen) -> bool:
-        """Leave files among the leases that no run wrote, and start a second run: it must be refused."""
+        """Leave files among the leases that no run wrote, and start a second run: it must be refused.
+
+        The job is held meanwhile, or it might be over before the second run has started.
+        """
         for key in FOREIGN:
             self.store.put(key, b"\0")
-        log = self._folder / "rival.log"
+        log, held = self._folder / "rival.log", hold(self.store.uri)
         log.unlink(missing_ok=True)
-        refused = self._start_driver(log).wait() == 1 and "another run is working on this output" in log.read_text()
+        held.touch()
+        try:
+            refused = self._start_driver(log).wait() == 1 and "another run is working on this output" in log.read_text()
+        finally:
+            held.unlink()
         if driver.poll() is None and not refused:
             raise AssertionError(f"the second run was not refused:\n{log.read_text()[-4000:]}")
         return refused
