@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def test_of_a_range_of_actors_those_that_find_room_do_the_work_and_that_is_said_
 
 def test_actors_without_a_place_are_named_with_what_is_free():
     waiting = ray.remote(Waiting).options(num_cpus=1 + ray.cluster_resources()["CPU"]).remote()
-    assert any(text.startswith("1 x Waiting to get its place") and " CPU" in text for text in unplaced_actors())
+    deadline = time.monotonic() + 60  # the cluster hears of it a moment later
+    while not (found := unplaced_actors()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert any(text.startswith("1 x Waiting to get its place") and " CPU" in text for text in found)
     ray.kill(waiting)
 
 
