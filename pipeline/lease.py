@@ -33,7 +33,6 @@ _RENEWALS = 6
 """How often a lease is renewed before it would expire."""
 _LONGEST_WAIT_S = 3600.0
 """For a holder to show that it lives, whatever its file says."""
-_GONE = "the file of its lease is gone: the output was moved, emptied or unmounted"
 
 
 class LeaseHeldError(RuntimeError):
@@ -166,19 +165,16 @@ class Lease:
         for thread in self._threads:
             thread.join(self._expires_s)
         self._store.needs = None
-        was_lost = self._lost is not None
+        reason: str | None = None
         with suppress(StoreError):  # what is left behind expires by itself
-            found = _read(self._store, self._holder.number)
-            if found is None:
-                self._lost = self._lost or _GONE
-            elif found.token != self._holder.token:
-                self._lost = self._lost or _replaced_by(found)
-            else:
+            reason = self._why_not_own()
+            if reason is None:
                 for number in sorted(_numbers(self._store.list(FOLDER))):
                     if number <= self._holder.number:
                         self._store.delete(_key(number))
         event("lease_given_back", number=self._holder.number)
-        if error is None and not was_lost:  # a run whose output was moved a moment ago has not succeeded
+        if reason is not None and self._lost is None and error is None:
+            self._lost = reason  # a run whose output was moved a moment ago has not succeeded
             self.check()
 
     def check(self) -> None:
@@ -250,12 +246,19 @@ class Lease:
         if max(_numbers(self._store.list(FOLDER)), default=0) > self._holder.number:
             self._lose("another run took this output over")
             return False
+        reason = self._why_not_own()
+        if reason is not None:
+            self._lose(reason)
+        return self._lost is None
+
+    def _why_not_own(self) -> str | None:
+        """Read the file of this lease back; return why it is not this run's any more, or None if it is."""
         found = _read(self._store, self._holder.number)
         if found is None:
-            self._lose(_GONE)
-        elif found.token != self._holder.token:
-            self._lose(_replaced_by(found))
-        return self._lost is None
+            return "the file of its lease is gone: the output was moved, emptied or unmounted"
+        if found.token != self._holder.token:
+            return f"another run works on this output ({found}): it was emptied or replaced meanwhile"
+        return None
 
     def _lose_if_unanswered(self) -> None:
         """Lose an expired lease, unless the storage has only just been asked: this process stood still before."""
@@ -273,10 +276,6 @@ class Lease:
         handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
         if handled and (main := threading.main_thread().ident) is not None:
             signal.pthread_kill(main, handled[0])
-
-
-def _replaced_by(holder: Holder) -> str:
-    return f"another run works on this output ({holder}): it was emptied or replaced meanwhile"
 
 
 def _held_by(store: Store, holder: Holder) -> str:
