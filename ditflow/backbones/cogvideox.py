@@ -126,7 +126,7 @@ def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geome
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ModelConfigError for a tokenizer that would be filled with a giant number of words of its own."""
+    """Raise ModelConfigError for a giant number of extra tokens, which transformers would create at once."""
     file = folder / "tokenizer" / "tokenizer_config.json"
     if file.exists():  # it may be left out
         read_config(file, _TOKENIZER)
