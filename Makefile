@@ -45,7 +45,7 @@ chaos: .venv/installed .venv-swift/installed
 # Hours on a CPU, in the background of other work; minutes on a GPU. Stopped and started again, it goes on.
 # The models that come out are used by their folders: ditflow transfer --model outputs/mini/mini-rotary ...
 mini: .venv/installed
-	nice -n 19 $(BIN)/python -m ditflow.mini.train --out outputs/mini
+	nice -n 19 $(BIN)/python -m ditflow.mini.training --out outputs/mini
 
 # The constraints pin torch first, so that pip never looks for a newer build of it.
 .venv/installed: pyproject.toml constraints.txt

@@ -28,12 +28,12 @@ import torch
 from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import MODELS, Bench, Scores, load, score_generation, shot_of, start_workers, summary
 from ditflow import transfer_motion
-from ditflow.backbones.base import Backbone
-from ditflow.bank import BankHeader, MotionBank
+from ditflow.backbones.contract import Backbone
+from ditflow.banks.bank import BankHeader, MotionBank
 from ditflow.metrics.statistics import paired_difference
-from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, with_appearance_of
-from ditflow.positions import MovedTokens
-from ditflow.reference import MotionReference, extract_motion
+from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, swap_appearance
+from ditflow.motion.reference import MotionReference, extract_motion
+from ditflow.sampling.positions import PositionVariable
 from ditflow.settings import MethodSettings, settings_dict
 from ditflow.transfer import learn_bank
 from ditflow.types import TokenGrid
@@ -51,7 +51,7 @@ RECIPES = {
     "position, lasting": MethodSettings(optimize="position", preset="lasting"),
     "coordinates, as the paper's positions": IN_THE_PASS,
     "coordinates, lasting, Adam": replace(DEFAULT, optimizer="adam"),
-    "coordinates, lasting, moving entries only": replace(DEFAULT, loss_entries="nonzero"),
+    "coordinates, lasting, moving entries only": replace(DEFAULT, loss={"entries": "nonzero"}),
     "coordinates, lasting": DEFAULT,
 }
 ONE_PROMPT = "coordinates, lasting, one prompt"
@@ -91,7 +91,7 @@ def recipe_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
         return moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
 
     def started() -> MotionBank:
-        with mock.patch.object(MovedTokens, "start", return_value=moved().change(0)):
+        with mock.patch.object(PositionVariable, "zero", return_value=moved().change(0)):
             return learned(backbone, clip, DEFAULT, seed)
 
     banks |= {BRIEF: brief, ONE_PROMPT: partial(learn, DEFAULT, prompts=1), STARTED: started}
@@ -132,7 +132,7 @@ def other_size_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
     learned_at = clip.frames.shape[:3]
 
     def resized(shown: WorldClip) -> Scores:
-        return reused(backbone, shown, seed, learn().resized(backbone.geometry, shown.frames.shape[:3]))
+        return reused(backbone, shown, seed, learn().resized(backbone.layout, shown.frames.shape[:3]))
 
     ways: dict[str, Callable[[], Scores]] = {}
     for size in (learned_at, *OTHER_SIZES):
@@ -177,7 +177,7 @@ def learning_prompts(scene: Scene, seed: int) -> Iterator[str]:
     told = {prompt_of(target) for target in targets_of(scene, seed)}
     for number in itertools.count():
         look = sample_pair(seed + LEARNED_LOOKS + 1000 * number, "eval", sprites=1)[1]
-        prompt = prompt_of(with_appearance_of(scene, look))
+        prompt = prompt_of(swap_appearance(scene, look))
         if prompt not in told:
             told.add(prompt)
             yield prompt
@@ -195,10 +195,10 @@ def moved_along_the_flow(backbone: Backbone, motion: MotionReference) -> MotionB
         model_revision=backbone.revision,
         grid=(grid.frames, grid.height, grid.width),
         steps=steps,
-        timesteps=tuple(int(timestep) for timestep in backbone.solver(steps).timesteps[:guided]),
+        timesteps=tuple(level.timestep for level in backbone.schedule(steps, grid).levels[:guided]),
         method=settings_dict(method),
     )
-    parts = backbone.movable_position(grid).parts
+    parts = backbone.positions(grid).zero("coordinates")
     return MotionBank.of(header, [dict.fromkeys(parts, moves)] * guided, motion.latents)
 
 
@@ -225,7 +225,7 @@ def mean_scores(
 def targets_of(scene: Scene, seed: int) -> list[Scene]:
     """The reference's motion in looks of other clips."""
     return [
-        with_appearance_of(scene, sample_pair(seed + number * OTHER_LOOKS, "eval", sprites=1)[1])
+        swap_appearance(scene, sample_pair(seed + number * OTHER_LOOKS, "eval", sprites=1)[1])
         for number in range(PROMPTS)
     ]
 
@@ -237,7 +237,7 @@ def times_smaller(backbone: Backbone, bank: MotionBank) -> float:
 
 def fp32_bytes(backbone: Backbone, bank: MotionBank) -> int:
     """Bytes of the position embedding of every guided step in fp32, which is what the released code keeps."""
-    position = backbone.default_position(TokenGrid(*bank.header.grid))
+    position = backbone.positions(TokenGrid(*bank.header.grid)).zero("position")
     return bank.guided_steps * sum(4 * value.numel() for value in position.values())
 
 

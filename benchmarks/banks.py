@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.bench import RESULTS, command, machine, write_json
 from ditflow import backbones
-from ditflow.bank import BankHeader, MotionBank
+from ditflow.banks.bank import BankHeader, MotionBank
 from ditflow.types import TokenGrid
 from jobs.spec import load_spec
 from pipeline.manifest import Manifest
@@ -44,9 +44,9 @@ def learned_like(size: tuple[int, int, int], steps: int, guided_steps: int) -> M
     """A bank as mini learns it by coordinates, with latents and a flow, of random numbers."""
     backbone = backbones.load("mini")
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(backbone.latent_shape(*size), generator=generator)
-    grid = backbone.grid(latents)
-    start = backbone.movable_position(grid).unmoved()
+    latents = torch.randn(backbone.layout.latent_shape(*size), generator=generator)
+    grid = backbone.layout.grid(latents.shape)
+    start = backbone.positions(grid).zero("coordinates")
     changes = [
         {part: 0.1 * torch.randn(value.shape, generator=generator) for part, value in start.items()}
         for _ in range(guided_steps)
@@ -56,7 +56,7 @@ def learned_like(size: tuple[int, int, int], steps: int, guided_steps: int) -> M
         backbone.revision,
         (grid.frames, grid.height, grid.width),
         steps,
-        tuple(backbone.solver(steps).timesteps.tolist()[:guided_steps]),
+        tuple(level.timestep for level in backbone.schedule(steps, grid).levels[:guided_steps]),
         {"name": "ditflow", "optimize": "coordinates"},
         provenance={"size": list(size), "fps": 8.0, "reference_fps": 8.0},
     )

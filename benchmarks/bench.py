@@ -37,18 +37,19 @@ from torch.nn.functional import avg_pool2d, mse_loss, pad
 from torch.profiler import ProfilerActivity, profile
 from transformers import T5Config, T5EncoderModel
 
-from ditflow.amf import hard_displacement, soft_displacement
 from ditflow.backbones.cogvideox import CogVideoX
-from ditflow.guidance import Draft, Guidance
+from ditflow.backbones.contract import NoiseLevel
 from ditflow.losses.amf import AttentionMotionFlowLoss
-from ditflow.positions import FreePosition
-from ditflow.reference import MotionReference, reference_from_latents
+from ditflow.motion.amf import hard_displacement, soft_displacement
+from ditflow.motion.reference import MotionReference, reference_from_latents
+from ditflow.sampling.guidance import Generation, Guidance
+from ditflow.sampling.positions import PositionVariable
 from ditflow.settings import ExecutionSettings, MethodSettings
 from ditflow.types import QueriesKeys, TokenGrid
 
 RESULTS = Path(__file__).parent / "results"
 TEMPERATURE = 2.0
-TIMESTEP = 900
+LEVEL = NoiseLevel(None, 900, 0.9)
 Run = Callable[[], Any]
 Clock = Callable[[], float]
 Displacement = Callable[[QueriesKeys, TokenGrid, float], Tensor]
@@ -202,7 +203,7 @@ def plain_error(form: Displacement) -> FlowError:
 
 def our_error(capture: QueriesKeys, grid: TokenGrid, target: Tensor) -> Tensor:
     """Mean squared error as guided sampling computes it."""
-    return AttentionMotionFlowLoss(TEMPERATURE, entries="all")(capture, {"displacement": target}, grid)
+    return AttentionMotionFlowLoss("all", temperature=TEMPERATURE)(capture, {"displacement": target}, grid)
 
 
 def error_and_gradients(error: FlowError, capture: QueriesKeys, grid: TokenGrid, target: Tensor) -> list[Tensor]:
@@ -305,34 +306,38 @@ class GuidedIteration:
         embeds = embeds.to(backbone.device, backbone.dtype)
         method = MethodSettings(blocks=(block,), iterations=1, injection=False).resolve(backbone.defaults)
         motion = reference_from_latents(backbone, reference, embeds, method)
-        positions = FreePosition(backbone.default_position(grid))
-        guidance = Guidance(backbone, method, guided_steps=10, injected_steps=0, positions=positions, reference=motion)
+        variable = PositionVariable(backbone.positions(grid), "position", grid)
+        guidance = Guidance(backbone, method, guided_steps=10, injected_steps=0, variable=variable, reference=motion)
         return cls(backbone, block, motion, guidance, latents, embeds)
 
     def ours(self) -> tuple[float, Tensor]:
         """Return loss and updated latents, by the code that guided sampling runs."""
-        draft = Draft.begin(self.latents, [self.embeds], self.backbone.solver(50), torch.Generator())
-        steered = self.guidance.steer(0, TIMESTEP, [draft], None)
-        assert steered is not None
-        return steered.losses[0], draft.latents
+        generation = Generation(
+            self.latents, [self.embeds], self.backbone.schedule(50, self.reference.grid), torch.Generator()
+        )
+        guided = self.guidance.guide(0, LEVEL, [generation], [self.latents], None)
+        return guided.losses[0], guided.latents[0]
 
     def whole(self) -> tuple[float, Tensor]:
         """Return the same by the whole transformer, with diffusers' own attention and trainable weights."""
         transformer = self.backbone.transformer.requires_grad_(True)
         latents = self.latents.clone().requires_grad_()
         optimiser = torch.optim.Adam([latents], lr=self.guidance.method.learning_rates(10)[0])
-        position = self.backbone.default_position(self.reference.grid)
-        rotary = (position["query_cos"], position["query_sin"]) if "query_cos" in position else None
+        scheme = self.backbone.positions(self.reference.grid)
+        position = scheme.apply(scheme.zero("position"), "position")
+        rotary = (position["query_cos"], position["query_sin"]) if scheme.name == "rotary" else None
         with _hooked_queries_keys(transformer, self.block) as captured:
             transformer(
                 hidden_states=latents.to(self.backbone.dtype),
                 encoder_hidden_states=self.embeds,
-                timestep=torch.full((1,), TIMESTEP, device=latents.device),
+                timestep=torch.full((1,), LEVEL.timestep, device=latents.device),
                 image_rotary_emb=rotary,
             )
         query, key = (captured[n][0, :, -self.reference.grid.tokens :].transpose(0, 1).flatten(1) for n in "qk")
         capture = QueriesKeys(query, key, heads=captured["q"].shape[1])
-        loss = AttentionMotionFlowLoss(TEMPERATURE)(capture, self.reference.payloads[self.block], self.reference.grid)
+        loss = AttentionMotionFlowLoss(temperature=TEMPERATURE)(
+            capture, self.reference.payloads[self.block], self.reference.grid
+        )
         loss.backward()
         optimiser.step()
         transformer.zero_grad(set_to_none=True)

@@ -21,8 +21,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from benchmarks.bench import (
     HEAD_DIM,
+    LEVEL,
     RESULTS,
-    TIMESTEP,
     FlowError,
     GuidedIteration,
     Run,
@@ -40,7 +40,7 @@ from benchmarks.bench import (
     random_pipeline,
     write_json,
 )
-from ditflow.amf import hard_displacement
+from ditflow.motion.amf import hard_displacement
 from ditflow.types import QueriesKeys, TokenGrid
 
 BACKENDS = ("native", "_native_cudnn", "flash")
@@ -181,8 +181,7 @@ class Bench:
         backbone = self._backbone(attention_backend=backend, cfg=cfg)
         inputs = GuidedIteration.of(backbone, self.shape.grid, self.shape.block)
         embeds = [inputs.embeds, torch.zeros_like(inputs.embeds)]
-        position = backbone.default_position(self.shape.grid)
-        return lambda: backbone.predict(inputs.latents, TIMESTEP, embeds, position)
+        return lambda: backbone.predict(inputs.latents, LEVEL, embeds)
 
     def _usable(self, backend: str) -> bool:
         """Whether this machine can run an attention backend, by running it forward and backward on a few tokens."""

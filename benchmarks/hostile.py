@@ -27,7 +27,7 @@ from typing import Any
 
 from hostile import CORPUS, NAMES, PROMPTS, READ, SPECS, mp4
 
-from ditflow.video import read_video
+from ditflow.media.video import read_video
 from pipeline.faults import classify
 from pipeline.job import References
 from pipeline.stages.read import bounded_memory

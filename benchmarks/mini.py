@@ -29,11 +29,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.bench import RESULTS, command, machine, write_json
 from ditflow import backbones, transfer_motion
-from ditflow.backbones.base import Backbone
+from ditflow.backbones.contract import Backbone
 from ditflow.metrics.motion_fidelity import NoMotionError, motion_fidelity
 from ditflow.metrics.statistics import bootstrap_interval, paired_difference
-from ditflow.metrics.tracks import track
-from ditflow.mini.measure import Sighting, block_scores, flow_score, look_at, position_error, track_cosine
+from ditflow.metrics.trackers import track
+from ditflow.mini.measure import Detection, block_scores, detect_sprite, flow_score, position_error, track_cosine
 from ditflow.mini.world import Scene, WorldClip, prompt_of, render, sample_pair, sample_scene
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred
@@ -54,7 +54,7 @@ def reconstruction_scores(model: str, seed: int) -> dict[str, Scores]:
     made = backbone.decode_latents(latents, len(clip.frames))
     error = np.square(made.astype(float) - clip.frames).mean()
     seen = {"truth": clip.frames, "reconstruction": made}
-    named = {name: _adherence(look_at(frames), clip.scene) for name, frames in seen.items()}
+    named = {name: _adherence(detect_sprite(frames), clip.scene) for name, frames in seen.items()}
     return {"psnr": {"dB": -10 * math.log10(error / 255**2)}, **named}
 
 
@@ -62,7 +62,7 @@ def flow_scores(model: str, seed: int) -> dict[str, Scores]:
     """Errors of the attention motion flow of every block, and of two guesses, on a held-out clip; in patches."""
     backbone, clip = load(model), render(sample_scene(seed, "eval"))
     scores = {f"block {block}": score for block, score in enumerate(block_scores(backbone, clip))}
-    grid = backbone.grid(torch.empty(backbone.latent_shape(*clip.frames.shape[:3])))
+    grid = backbone.layout.grid(backbone.layout.latent_shape(*clip.frames.shape[:3]))
     truth = clip.displacement(grid.frames, grid.height, grid.width)
     rng = np.random.default_rng(seed)
     places = np.stack(np.divmod(np.arange(grid.height * grid.width), grid.width)[::-1], axis=-1)
@@ -93,7 +93,7 @@ def make(
 def score_generation(made: Transferred, reference: WorldClip, target: Scene) -> Scores:
     """Where the sprite went against the reference's, and what the clip shows against what was asked for."""
     assert made.video is not None
-    seen, trajectory = look_at(made.video), reference.trajectories[0]
+    seen, trajectory = detect_sprite(made.video), reference.trajectories[0]
     scores = {
         "track_cosine": track_cosine(seen, trajectory),
         "position_error": position_error(seen, trajectory),
@@ -107,7 +107,7 @@ def score_generation(made: Transferred, reference: WorldClip, target: Scene) -> 
     return scores
 
 
-def _adherence(seen: Sighting, asked: Scene) -> Scores:
+def _adherence(seen: Detection, asked: Scene) -> Scores:
     look = asked.sprites[0].appearance
     return {
         "colour": float(seen.colour == look.colour),

@@ -24,9 +24,9 @@ from torch import Tensor
 from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import MODELS, Bench, load, make, score_generation, shot_of, start_workers
 from benchmarks.mini_sweep import FIRST_SEED
-from ditflow import amf
 from ditflow.metrics.statistics import bootstrap_interval, paired_difference
 from ditflow.mini.world import render, sample_pair
+from ditflow.motion import amf
 from ditflow.settings import MethodSettings
 from ditflow.types import TokenGrid
 
@@ -60,7 +60,7 @@ def pair_scores(model: str, seed: int) -> dict[str, Scores]:
     scores = {f"noise {number}": made(model, seed, MethodSettings(), number) for number in range(NOISES)}
     for name, method in WAYS.items():
         if name == OCCLUSIONS:
-            with mock.patch("ditflow.amf.displacement_error", weighted_error):
+            with mock.patch("ditflow.motion.amf.displacement_error", weighted_error):
                 scores[name] = made(model, seed, method)
         elif name != ONE_NOISE:
             scores[name] = made(model, seed, method)
@@ -76,13 +76,13 @@ def made(model: str, seed: int, method: MethodSettings, noise: int = 0) -> Score
     return {**{figure: scores[figure] for figure in FIGURES}, "losses": [step[-1] for step in result.losses]}
 
 
-def weighted_error(capture: Any, grid: TokenGrid, temperature: float, target: Tensor, chosen: Tensor) -> Tensor:
+def weighted_error(capture: Any, grid: TokenGrid, temperature: float, target: Tensor, weight: Tensor) -> Tensor:
     """`amf.displacement_error` with more weight on vectors whose match does not match back within a patch."""
     match = target.long() + grid.coordinates(target.device).long()
     place = match[..., 1] * grid.width + match[..., 0]
     back = target.long().transpose(0, 1).gather(2, place[..., None].expand(-1, -1, -1, 2))
     occluded = (target.long() + back).abs().amax(dim=-1) > 1
-    return _error(capture, grid, temperature, target, chosen.float() * (1 + 3 * occluded))
+    return _error(capture, grid, temperature, target, weight * (1 + 3 * occluded))
 
 
 _error = amf.displacement_error

@@ -1,7 +1,8 @@
 """The guidance settings of the embedded models: `python -m benchmarks.mini_sweep`.
 
 Part `defaults` looks for the model's defaults of `ditflow`. Part `scale` varies the scale of classifier-free guidance
-of plain generations. The values that win belong in `ditflow/mini/train.py` and in the models' folders.
+of plain generations. The values that win belong in `ditflow/mini/training/kinds.py` and in the models'
+folders.
 
 Part `losses` gives every other motion loss the same chances for the comparison in `jobs/mini-table.yaml`. In both
 parts one setting after the other is varied, from the best of the one before: first the block, then the learning rate,

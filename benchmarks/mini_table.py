@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.bench import RESULTS, command, commit, machine, write_json
 from benchmarks.mini import shot_of
+from ditflow.media.plot import plot_intervals
 from ditflow.metrics.base import MetricSettings
 from ditflow.metrics.statistics import bootstrap_interval
 from ditflow.mini.world import sample_pair
-from ditflow.plot import plot_intervals
 from pipeline.comparison import compare
 from pipeline.manifest import Manifest
 from pipeline.measurements import Measurements

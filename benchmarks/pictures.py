@@ -25,15 +25,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ditflow import backbones
-from ditflow.amf import hard_displacement, soft_displacement
-from ditflow.backbones.base import Backbone
+from ditflow.backbones.contract import CLEAN, Backbone
 from ditflow.losses.amf import AttentionMotionFlowLoss
-from ditflow.plot import contact_sheet, plot_losses, plot_transfer, shown_frame
-from ditflow.reference import extract_motion, look
+from ditflow.media.plot import contact_sheet, pixel_frame, plot_losses, plot_transfer
+from ditflow.media.video import read_video
+from ditflow.motion.amf import hard_displacement, soft_displacement
+from ditflow.motion.reference import extract_motion
 from ditflow.settings import MethodSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.types import QueriesKeys, TokenGrid
-from ditflow.video import read_video
 from jobs.clips import render_clips
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def draw_attention(path: Path) -> None:
     shares = attention_shares(attention, grid, patch)
     figure = Figure(figsize=(2.4 * grid.frames, 3.3), dpi=100, layout="constrained")
     for frame, axes in enumerate(figure.subplots(1, grid.frames)):
-        picture = reference()[shown_frame(frame, len(reference()), grid.frames)].mean(axis=-1)
+        picture = reference()[pixel_frame(frame, len(reference()), grid.frames)].mean(axis=-1)
         box = (-0.5, grid.width - 0.5, grid.height - 0.5, -0.5)
         axes.imshow(picture, cmap="gray", vmin=-100, vmax=300, extent=box)
         axes.imshow(shares[frame], cmap="magma", vmin=0, alpha=0.55, extent=box)
@@ -142,12 +142,12 @@ def attention_of_reference() -> tuple[QueriesKeys, TokenGrid]:
     block = model().defaults.blocks[0]
     latents = model().encode_video(reference())
     with torch.no_grad():
-        captured = look(model(), latents, model().encode_prompt(""), AttentionMotionFlowLoss(), [block])
-    return captured[block], model().grid(latents)
+        captured = model().capture(latents, CLEAN, model().condition(""), [block])
+    return captured[block], model().layout.grid(latents.shape)
 
 
 def attention_shares(attention: QueriesKeys, grid: TokenGrid, patch: int) -> np.ndarray:
-    """Softmax of one patch of the first frame over the patches of each frame, [F, h, w]; as `ditflow.amf` has it."""
+    """Softmax of one patch of the first frame over the patches of each frame, [F, h, w]; see `ditflow.motion.amf`."""
     head_dim = attention.query.shape[1] // attention.heads
     logits = attention.key @ attention.query[patch] / (attention.heads * head_dim**0.5)
     by_frame = logits.view(grid.frames, grid.patches) * AttentionMotionFlowLoss.temperature

@@ -24,7 +24,7 @@ import yaml
 
 import pipeline.graph
 from benchmarks.bench import RESULTS, command, machine, write_json
-from ditflow.video import encode_video
+from ditflow.media.video import encode_video
 from jobs.spec import load_spec
 from pipeline.job import Job
 from pipeline.plan import WorkRow, make_plan
@@ -104,7 +104,7 @@ def _spec(folder: Path, seconds: float, actors: int) -> Path:
         "name": str(seconds),
         "references": {"uri": str(folder / "references"), "frames": 9, "height": 32, "width": 32},
         "prompts": ["a red ball moving over the grass"],
-        "method": {"name": "ditflow", "guided_steps": 1, "iterations": 1, "loss_entries": "all"},
+        "method": {"name": "ditflow", "guided_steps": 1, "iterations": 1, "loss": {"entries": "all"}},
         "sampling": {"steps": 2},
         "output": {"uri": str(folder / "out")},
         "resources": {"generate": {"actors": actors}},

@@ -20,9 +20,9 @@ import torch
 from benchmarks.bench import RESULTS, command, machine, write_json
 from benchmarks.mini import MODELS, load
 from ditflow import transfer_motion
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from ditflow.mini.world import render, sample_pair
-from ditflow.reference import extract_motion
+from ditflow.motion.reference import extract_motion
 from ditflow.settings import MethodSettings
 from ditflow.transfer import learn_bank
 

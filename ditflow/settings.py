@@ -1,6 +1,6 @@
-"""Every choice a user has about the algorithm, with its paper default, checked where it is made.
+"""Settings of the algorithm, with the paper's defaults.
 
-A field that is None takes the model's own default: see `ModelDefaults` and `MethodSettings.resolve`.
+A field that is None takes the model's default: see `ModelDefaults` and `MethodSettings.resolve`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from ditflow.losses import MOTION_LOSSES
+from ditflow.errors import SettingsError
+from ditflow.losses import MOTION_LOSSES, MotionLoss
+from ditflow.motion.filters import FILTERS
+from ditflow.motion.sources import SOURCES
+from ditflow.parts import build, canonical, choose, settings_of
 
 METHODS = ("none", "injection", *sorted(MOTION_LOSSES))
-"""Plain backbone, KV injection alone, and one method per motion loss."""
+"""No guidance, KV injection alone, and one method per motion loss."""
 VARIABLES = ("latent", "position", "coordinates")
 """What can be optimised."""
 _VARIABLES: Mapping[str, Mapping[str, Any]] = {"coordinates": {"learning_rate": (0.05, 0.025)}}
@@ -23,17 +27,7 @@ _LASTING: Mapping[str, Mapping[str, Any]] = {
 }
 """Where a model does not say otherwise."""
 _TRIAL_SHARE = 0.4
-"""Share of the guided steps after which a candidate's loss predicts how well its video will follow."""
-_OMIT_DEFAULT = {"omit_default": True}
-"""Metadata of a field that was added later: `settings_dict` omits its default, so that older row ids stay valid."""
-
-
-class SettingsError(ValueError):
-    """A setting has a value that it cannot have; `key` names it."""
-
-    def __init__(self, key: str, came: object, expected: str):
-        super().__init__(f"{key}: {came!r} is not valid: expected {expected}")
-        self.key = key
+"""Fraction of the guided steps after which noise candidates are compared by their motion loss."""
 
 
 def _require(ok: bool, key: str, came: object, expected: str) -> None:
@@ -41,7 +35,7 @@ def _require(ok: bool, key: str, came: object, expected: str) -> None:
         raise SettingsError(key, came, expected)
 
 
-def _count(key: str, asked: int | float, steps: int) -> int:
+def count_steps(key: str, asked: int | float, steps: int) -> int:
     """Return how many of `steps` are asked for, as a count or as a fraction of them."""
     count = round(asked * steps) if isinstance(asked, float) and asked < 1 else int(asked)
     expected = f"between 1 and sampling.steps ({steps}), or a fraction of them below 1"
@@ -51,11 +45,10 @@ def _count(key: str, asked: int | float, steps: int) -> int:
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What works best on one model; a model folder may carry its own in `ditflow.json`.
+    """Default settings of one model; a model folder may bring its own in `ditflow.json`.
 
-    losses: what serves single motion losses better, by their names: some of the other fields.
-    variables: the same for what is optimised beside latents; learning rates of coordinates are in patches.
-    lasting: the same for what is optimised with the preset `lasting`.
+    losses: overrides of the other fields, by motion loss. variables: the same by the optimised variable; learning rates
+    of coordinates are in patches. lasting: the same by the optimised variable, for the preset `lasting`.
     """
 
     blocks: tuple[int, ...]
@@ -81,7 +74,7 @@ class ModelDefaults:
                 _require(own.keys() <= valid, f"{section}.{name}", list(own), f"some of {', '.join(sorted(valid))}")
 
     def of(self, method: MethodSettings) -> ModelDefaults:
-        """Return what works best with a method: for its loss, what it optimises, and its preset."""
+        """Return the defaults with the overrides for a method's loss, optimised variable and preset."""
         sections = [self.losses.get(method.name), _VARIABLES.get(method.optimize), self.variables.get(method.optimize)]
         if method.preset == "lasting":
             sections += [_LASTING.get(method.optimize), self.lasting.get(method.optimize)]
@@ -89,43 +82,76 @@ class ModelDefaults:
 
 
 @dataclass(frozen=True)
-class MethodSettings:
-    """How motion is transferred (METHODS: AMF, guided sampling).
+class MotionSettings:
+    """Source and filters of the motion target.
 
-    name: `none`, `injection` or a motion loss (`ditflow`, `smm`, `moft`, `motionclone`).
-    optimize: what the optimiser changes: the `latent` z_t, the values of the `position` embedding, or the `coordinates`
-        (t, y, x) of the tokens, of which the embedding is made.
-    preset: `paper`, or `official` for the released code's departures from it: a learning-rate table that stops one
-        short, and SMM's other anchors and cosines; or `lasting`, this project's own way to learn positions that serve
-        other prompts and seeds: `measured` is `prediction`, `loss_entries` are `all`, `averaged`, with 8 `drafts`
-        or as many as serve the model.
-    blocks: transformer blocks whose attention guides; losses are averaged over them.
+    source: a motion source of `ditflow.motion.sources`, as its name or as {name: {settings}}. Only losses that compare
+        displacements accept another one than `attention` (the paper's).
+    filters: motion filters of `ditflow.motion.filters` in the same form, applied in order.
+    """
+
+    source: str | dict[str, Any] = "attention"
+    filters: tuple[str | dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        choose(SOURCES, self.source, "source")
+        for number, chosen in enumerate(self.filters):
+            choose(FILTERS, chosen, f"filters.{number}")
+
+    def make_source(self) -> Any:
+        """Return the source."""
+        return choose(SOURCES, self.source, "source")
+
+    def make_filters(self) -> list[Any]:
+        """Return the filters, in order."""
+        return [choose(FILTERS, chosen, "filters") for chosen in self.filters]
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether any filter needs a mask of the reference."""
+        return any(made.needs_mask for made in self.make_filters())
+
+    def resolve(self) -> MotionSettings:
+        """Return the same with every setting of the source and the filters written out."""
+        return MotionSettings(canonical(self.make_source()), tuple(map(canonical, self.make_filters())))
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Settings of the motion transfer.
+
+    name: `none`, `injection`, or a motion loss (`ditflow`, `smm`, `moft`, `motionclone`).
+    optimize: the optimised variable: the `latent` z_t, the values of the `position` embedding, or the `coordinates`
+        (t, y, x) of the tokens from which the embedding is computed.
+    preset: `paper`; `official`, which reproduces where the released code departs from the paper (a learning-rate
+        schedule that stops one step short, SMM's anchors and cosines); or `lasting`, this project's recipe for
+        positions that generalise to other prompts and seeds (`measured: prediction`, `loss: {entries: all}`,
+        `averaged`, and 8 `drafts` or the model's default).
+    blocks: transformer blocks whose attention guides; the loss is averaged over them.
     temperature: tau, multiplies the logits of the softmax.
-    guided_steps: first denoising steps that are guided, as a count, or as a fraction (a float below 1).
-    iterations: optimiser iterations in each guided step.
-    learning_rate: Adam's rate in the first and in the last guided step, linear between.
-    injection: also put the reference's keys and values into block 0 during the guided steps.
-    injected_steps: or during so many of the first steps, a count or a fraction (None: the guided ones; of a bank: as
-        many as it was made for).
-    loss_entries: `ditflow` compares the displacement vectors that are not zero in the reference (`nonzero`, the
-        paper's), or all of them (`all`), so that what rests in the reference is asked to rest.
-    loss_threshold: with `nonzero`, vectors of this length in patches or less are left out.
-    reference_flow: `ditflow` takes the reference's best match (`hard`), or the softmax's expectation (`soft`).
-    other_frames: `motionclone` leaves out a place's attention to its own frame.
-    measured: where the new video's motion is measured: in the `pass` that is optimised, as the paper does, or in the
-        clean video that this pass predicts, looked at as the reference was, without what is optimised (`prediction`).
-        The first can be satisfied by an embedding that moves attention alone; the second only by a video that moves.
-    optimizer: `adam`, the paper's, or for `coordinates` also `adam-mini`: a token moves by what its gradient is against
-        the others', instead of all by about the rate.
-    averaged: end a guided step with the mean of what the last half of its iterations came to, instead of the last one.
-    drafts: how many generations a bank is learned over at once, each from noise of its own, in turns; at least one for
-        each prompt.
-    stay: weight of the mean squared move of `coordinates`, in patches, beside the loss.
-    smooth: weight of the mean squared difference between the moves of neighbours.
-    zero_shot: learn the positions with the prompt `learn_with`, and then generate with them without optimising.
-    more_prompts: what the other drafts show, in turns.
-    noise_candidates: initial noises that are tried, each by the first two fifths of the guided steps; the one with the
-        smallest motion loss is used (the paper: 1, the seed's own). Not for banks.
+    guided_steps: number of guided denoising steps, from the first one: a count, or a fraction (a float below 1).
+    iterations: optimiser iterations per guided step.
+    learning_rate: Adam's learning rate in the first and in the last guided step, interpolated linearly.
+    injection: also inject the reference's keys and values into block 0.
+    injected_steps: number of steps with injection, a count or a fraction (None: the guided steps; when a bank is
+        reused: as many as it was learned with).
+    loss: settings of the motion loss; see its class in `ditflow.losses`. For `ditflow`, {entries: all} compares all
+        displacement vectors, not only those that are non-zero in the reference.
+    motion: source and filters of the motion target (None: the job's `motion`).
+    measured: where the motion of the new video is measured: in the forward `pass` that is optimised (the paper), or in
+        the clean video that this pass predicts, captured like the reference with the model's own positions
+        (`prediction`). The former can be minimised by positions that change the attention alone, the latter only by
+        motion in the video.
+    optimizer: `adam` (the paper); for `coordinates` also `adam-mini`, whose step per token is proportional to the
+        token's gradient.
+    averaged: end a guided step with the average of the iterates of its second half (Polyak averaging).
+    drafts: number of generations, each with noise of its own, over which a bank is learned in turns; at least one per
+        prompt.
+    stay, smooth: regularisation weights of `coordinates`; see `PositionVariable`.
+    zero_shot: learn the positions with the prompt `learn_with`, then generate with them without optimisation.
+    more_prompts: prompts of the other drafts, in turns.
+    noise_candidates: number of initial noises that are compared after two fifths of the guided steps; the one with the
+        smallest motion loss is used (1: the seed's own, as in the paper). Not for banks.
     """
 
     name: str = "ditflow"
@@ -138,10 +164,8 @@ class MethodSettings:
     learning_rate: tuple[float, float] | None = None
     injection: bool = True
     injected_steps: int | float | None = None
-    loss_entries: Literal["nonzero", "all"] | None = None
-    loss_threshold: float = 0.0
-    reference_flow: Literal["hard", "soft"] = "hard"
-    other_frames: bool = False
+    loss: dict[str, Any] = field(default_factory=dict)
+    motion: MotionSettings | None = None
     measured: Literal["pass", "prediction"] | None = None
     optimizer: Literal["adam", "adam-mini"] | None = None
     averaged: bool | None = None
@@ -151,7 +175,7 @@ class MethodSettings:
     zero_shot: bool = False
     learn_with: str = ""
     more_prompts: tuple[str, ...] = ()
-    noise_candidates: int = field(default=1, metadata=_OMIT_DEFAULT)
+    noise_candidates: int = 1
 
     def __post_init__(self) -> None:
         _require(self.name in METHODS, "name", self.name, f"one of {', '.join(METHODS)}")
@@ -159,11 +183,13 @@ class MethodSettings:
         presets = ("paper", "official", "lasting")
         _require(self.preset in presets, "preset", self.preset, "paper, official or lasting")
         _require(self.measured in (None, "pass", "prediction"), "measured", self.measured, "pass or prediction")
-        entries = (None, "nonzero", "all")
-        _require(self.loss_entries in entries, "loss_entries", self.loss_entries, "nonzero or all")
-        threshold = self.loss_threshold
-        _require(0 <= threshold < math.inf, "loss_threshold", threshold, "a number of patches, 0 or more (paper: 0)")
-        _require(self.reference_flow in ("hard", "soft"), "reference_flow", self.reference_flow, "hard or soft")
+        if self.has_loss:
+            made = build(MOTION_LOSSES[self.name], self.loss, "loss")
+            source = self.motion.make_source().name if self.motion is not None else "attention"
+            expected = f"attention: the loss {self.name} compares no displacements"
+            _require(source == "attention" or hasattr(made, "from_target"), "motion.source", source, expected)
+        else:
+            _require(not self.loss, "loss", self.loss, f"nothing for method {self.name}, which has no motion loss")
         if self.blocks is not None:
             ok = len(set(self.blocks)) == len(self.blocks) > 0 and min(self.blocks) >= 0
             _require(ok, "blocks", self.blocks, "one or more different block numbers, counted from 0")
@@ -179,7 +205,7 @@ class MethodSettings:
             ok = len(self.learning_rate) == 2 and all(0 < rate < math.inf for rate in self.learning_rate)
             expected = "two positive rates, first and last guided step (paper: [0.002, 0.001])"
             _require(ok, "learning_rate", self.learning_rate, expected)
-        ok = self.noise_candidates == 1 or (self.noise_candidates > 1 and self.loss is not None and not self.zero_shot)
+        ok = self.noise_candidates == 1 or (self.noise_candidates > 1 and self.has_loss and not self.zero_shot)
         expected = "at least 1, and 1 without a motion loss or with zero_shot"
         _require(ok, "noise_candidates", self.noise_candidates, expected)
         if self.drafts is not None:
@@ -195,59 +221,83 @@ class MethodSettings:
         _require(ok, "zero_shot", self.zero_shot, "false, unless a motion loss optimises the position or coordinates")
 
     @property
-    def loss(self) -> str | None:
-        """The motion loss's registry name, or None when nothing is optimised."""
-        return self.name if self.name in MOTION_LOSSES else None
+    def has_loss(self) -> bool:
+        """Whether the method has a motion loss, whose name is `name`."""
+        return self.name in MOTION_LOSSES
 
     @property
     def learns_positions(self) -> bool:
-        """Whether a position embedding is learned, which can be kept and used again."""
-        return self.loss is not None and self.optimize != "latent"
+        """Whether positions are learned, which can be stored as a bank."""
+        return self.has_loss and self.optimize != "latent"
 
     @property
     def injects(self) -> bool:
         """Whether the reference's keys and values are injected into block 0."""
-        return self.name == "injection" or (self.loss is not None and self.injection)
+        return self.name == "injection" or (self.has_loss and self.injection)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything of the reference video enters the generation."""
-        return self.injects or self.loss is not None
+        """Whether the generation depends on the reference video."""
+        return self.injects or self.has_loss
 
-    def resolve(self, defaults: ModelDefaults) -> MethodSettings:
-        """Fill every None with the preset's value, or the model's."""
+    def make_loss(self) -> MotionLoss:
+        """Return the motion loss; what is left open has its default. SettingsError for a method without a loss."""
+        _require(self.has_loss, "name", self.name, f"a motion loss: {', '.join(sorted(MOTION_LOSSES))}")
+        made: MotionLoss = build(MOTION_LOSSES[self.name], self.loss, "loss", shared=self)
+        return made
+
+    def resolve(self, defaults: ModelDefaults) -> ResolvedMethod:
+        """Return the settings with every None replaced by the preset's or the model's default."""
         defaults = defaults.of(self)
         names = {f.name for f in fields(ModelDefaults)} & {f.name for f in fields(self)}
         values = {name: getattr(defaults, name) for name in names}
         lasting = self.preset == "lasting"
-        values["loss_entries"] = "all" if lasting else "nonzero"
+        values["motion"] = MotionSettings()
         values["measured"] = "prediction" if lasting else "pass"
         values["averaged"] = lasting
         if defaults.injected_steps is None:
             values["injected_steps"] = defaults.guided_steps if self.guided_steps is None else self.guided_steps
         values["drafts"] = max(defaults.drafts, 1 + len(self.more_prompts)) if self.learns_positions else 1
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        settled = {name: values[name] if value is None else value for name, value in own.items()}
+        settled["motion"] = settled["motion"].resolve()
+        if self.has_loss:
+            loss = MOTION_LOSSES[self.name]
+            implied = getattr(loss, "presets", {}).get(self.preset, {})
+            settled["loss"] = {**settings_of(loss), **implied, **self.loss}
+        return ResolvedMethod(**settled)
+
+
+@dataclass(frozen=True)
+class ResolvedMethod(MethodSettings):
+    """Method settings without None: the input of the algorithm."""
+
+    blocks: tuple[int, ...] = ()
+    temperature: float = 2.0
+    guided_steps: int | float = 10
+    iterations: int = 5
+    learning_rate: tuple[float, float] = (0.002, 0.001)
+    injected_steps: int | float = 10
+    motion: MotionSettings = field(default_factory=MotionSettings)
+    measured: Literal["pass", "prediction"] = "pass"
+    optimizer: Literal["adam", "adam-mini"] = "adam"
+    averaged: bool = False
+    drafts: int = 1
 
     def count_guided_steps(self, steps: int) -> int:
-        """Guided steps of a run of `steps`, for resolved settings; SettingsError beyond the step count."""
-        assert self.guided_steps is not None, "resolve() first"
-        return _count("guided_steps", self.guided_steps, steps)
+        """Return the number of guided steps of `steps`; SettingsError if it exceeds them."""
+        return count_steps("guided_steps", self.guided_steps, steps)
 
     def count_trial_steps(self, steps: int) -> int:
-        """Guided steps by which noise candidates are compared, for resolved settings."""
+        """Return the number of guided steps after which noise candidates are compared."""
         return math.ceil(_TRIAL_SHARE * self.count_guided_steps(steps))
 
     def count_injected_steps(self, steps: int) -> int:
-        """Steps of a run of `steps` that injection lasts, for resolved settings; SettingsError beyond the step count.
-
-        They are counted without a look at `injection`, which says whether there is any.
-        """
-        assert self.injected_steps is not None, "resolve() first"
-        return _count("injected_steps", self.injected_steps, steps)
+        """Return the number of steps with injection of `steps`; SettingsError if it exceeds them."""
+        return count_steps("injected_steps", self.injected_steps, steps)
 
     def learning_rates(self, guided_steps: int) -> list[float]:
-        """Adam's rate for every guided step: linear, both ends reached (`official`: the last is not)."""
-        assert self.learning_rate is not None, "resolve() first"
+        """Return the learning rate of every guided step: linear, both ends included (`official`: without the last)."""
         first, last = self.learning_rate
         intervals = guided_steps if self.preset == "official" else max(guided_steps - 1, 1)
         return [first + (last - first) * step / intervals for step in range(guided_steps)]
@@ -255,7 +305,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the video is sampled.
+    """Settings of the sampler.
 
     steps: denoising steps (None: the model's, 50 for CogVideoX).
     guidance_scale: classifier-free guidance (None: the model's, 7); 1 switches it off.
@@ -273,18 +323,27 @@ class SamplingSettings:
         if self.guidance_scale is not None:
             _require(self.guidance_scale >= 1, "guidance_scale", self.guidance_scale, "at least 1 (1: off)")
 
-    def resolve(self, defaults: ModelDefaults) -> SamplingSettings:
-        """Fill every None with the model's default."""
-        names = ("steps", "guidance_scale", "dynamic_guidance_scale")
-        return replace(self, **{n: getattr(defaults, n) for n in names if getattr(self, n) is None})
+    def resolve(self, defaults: ModelDefaults) -> ResolvedSampling:
+        """Return the settings with every None replaced by the model's default."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ResolvedSampling(**{n: getattr(defaults, n) if v is None else v for n, v in own.items()})
+
+
+@dataclass(frozen=True)
+class ResolvedSampling(SamplingSettings):
+    """Sampling settings without None."""
+
+    steps: int = 50
+    guidance_scale: float = 7.0
+    dynamic_guidance_scale: bool = False
 
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """How the work is done on the device; `auto` decides by free memory, and the decision is recorded.
+    """Execution on the device. `auto` is decided by free memory, and the decision is recorded.
 
-    checkpointing: recompute activations in the optimiser's backward pass.
-    cfg: both classifier-free guidance branches in one `batched` pass, or `serial`.
+    checkpointing: recompute activations in the backward pass of guidance.
+    cfg: the two branches of classifier-free guidance in one `batched` pass, or `serial`.
     vae_tiling: encode and decode in overlapping tiles (changes pixels slightly at the seams).
     attention_backend: a name of diffusers' attention dispatcher (`native`, `_native_cudnn`, `flash`, ...).
     """
@@ -303,7 +362,10 @@ class ExecutionSettings:
 
 def settings_dict(settings: Any) -> dict[str, Any]:
     """Settings as a plain dict with lists for tuples: the same as their JSON."""
-    omitted = {
-        f.name for f in fields(settings) if f.metadata.get("omit_default") and getattr(settings, f.name) == f.default
-    }
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in omitted}
+    return {name: _as_json(value) for name, value in asdict(settings).items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, tuple | list) else value

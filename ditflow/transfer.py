@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditflow.backbones.base import Backbone
-from ditflow.bank import BankHeader, BankMismatchError, MotionBank
-from ditflow.denoise import Denoised, OnStep, denoise
-from ditflow.guidance import Draft, Guidance
-from ditflow.positions import positions_of
-from ditflow.reference import MotionReference, extract_motion, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
+from ditflow.backbones.contract import Backbone, Condition, PositionKind
+from ditflow.banks.bank import BankHeader, BankMismatchError, MotionBank
+from ditflow.motion.reference import MotionReference, extract_motion, reference_from_latents
+from ditflow.sampling.denoise import Denoised, OnStep, denoise
+from ditflow.sampling.guidance import Generation, Guidance
+from ditflow.sampling.positions import PositionVariable
+from ditflow.settings import MethodSettings, ResolvedMethod, ResolvedSampling, SamplingSettings, settings_dict
 from ditflow.types import LearnedPosition, StepRecord, TokenGrid
 
 
 @dataclass(frozen=True)
 class Transferred:
-    """A generated clip with all that is known of its making.
+    """A generated clip with the records of its generation.
 
     latents: final latents, fp32 [1, F, C, h, w]; losses: one list per guided step; bank: the learned positions, when
     positions were optimised; video: uint8 [T, H, W, 3], when it was decoded; noise_losses: motion loss of every initial
@@ -55,6 +55,7 @@ def transfer_motion(
     prompt: str,
     *,
     reference: np.ndarray | MotionReference | MotionBank | None = None,
+    mask: np.ndarray | None = None,
     size: tuple[int, int, int] | None = None,
     method: MethodSettings | None = None,
     sampling: SamplingSettings | None = None,
@@ -65,6 +66,8 @@ def transfer_motion(
 
     reference: a uint8 RGB video [T, H, W, 3], a motion reference taken before, or a bank to reuse (nothing is
         optimised then, and as many steps are guided and injected as it says, if `method` does not say otherwise).
+    mask: of a reference video, for `method.motion.filters`: the number of the object that every pixel belongs to, uint8
+        [T, H, W], or [1, H, W] of the first frame alone.
     size: (frames, height, width) of the new video; a reference video's own if left out.
     Every random number comes from `seed`: the same call on the same machine gives the same bytes.
     """
@@ -76,23 +79,25 @@ def transfer_motion(
     if isinstance(reference, MotionBank):
         method = reference.as_learned(method)
         _check_one_noise(method, "reuses a bank")
-    method = method.resolve(backbone.defaults)
-    sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
+    resolved = method.resolve(backbone.defaults)
+    resolved_sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
     started = time.perf_counter()
     if isinstance(reference, np.ndarray):
-        reference = extract_motion(backbone, reference, method) if method.needs_reference else None
+        reference = extract_motion(backbone, reference, resolved, mask) if resolved.needs_reference else None
     extracted = time.perf_counter()
-    if method.zero_shot and isinstance(reference, MotionReference):
-        reference = _learned(backbone, reference, size, method, sampling, seed)
+    if resolved.zero_shot and isinstance(reference, MotionReference):
+        reference = _learned(backbone, reference, size, resolved, resolved_sampling, seed)
     learned = time.perf_counter()
-    embeds = _embeds_of(backbone, prompt, sampling)
+    conditions = _conditions_of(backbone, prompt, resolved_sampling)
     noise_losses: list[float] = []
     seconds_trying = 0.0
-    if method.noise_candidates > 1:
-        seed, noise_losses = _best_noise(backbone, embeds, size, reference, method, sampling, seed)
+    if resolved.noise_candidates > 1:
+        seed, noise_losses = _best_noise(backbone, conditions, size, reference, resolved, resolved_sampling, seed)
         seconds_trying = time.perf_counter() - learned
-    draft = _draft_of(backbone, embeds, size, sampling, seed)
-    result = generate_latents(backbone, [draft], reference=reference, method=method, sampling=sampling, on_step=on_step)
+    generation = _generation_of(backbone, conditions, size, resolved_sampling, seed)
+    result = generate_latents(
+        backbone, [generation], reference=reference, method=resolved, sampling=resolved_sampling, on_step=on_step
+    )
     sampled = time.perf_counter()
     video = backbone.decode_latents(result.latents, size[0])
     timings = {
@@ -116,32 +121,33 @@ def learn_bank(
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> Transferred:
-    """Learn a motion bank: the guided steps of position optimisation and no more. `size` as in `transfer_motion`.
+    """Learn a motion bank: only the guided steps of position optimisation are run. `size` as in `transfer_motion`.
 
     The first draft shows `prompt` and has the noise of `seed`; `method` says how many there are, and of what.
     """
-    method = method.resolve(backbone.defaults)
-    sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
-    if not method.learns_positions:
+    resolved = method.resolve(backbone.defaults)
+    resolved_sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
+    if not resolved.learns_positions:
         raise ValueError(
             "a motion bank needs a motion loss, and optimize: position or coordinates, "
-            f"not {method.name}, {method.optimize}"
+            f"not {resolved.name}, {resolved.optimize}"
         )
-    _check_one_noise(method, "learns a bank")
-    assert method.drafts is not None and sampling.steps is not None, "resolve() has filled it"
-    embeds = [_embeds_of(backbone, text, sampling) for text in (prompt, *method.more_prompts)]
-    drafts = [
-        _draft_of(backbone, embeds[number % len(embeds)], size, sampling, _seed_of_draft(seed, number))
-        for number in range(method.drafts)
+    _check_one_noise(resolved, "learns a bank")
+    conditions = [_conditions_of(backbone, text, resolved_sampling) for text in (prompt, *resolved.more_prompts)]
+    generations = [
+        _generation_of(
+            backbone, conditions[number % len(conditions)], size, resolved_sampling, _seed_of_draft(seed, number)
+        )
+        for number in range(resolved.drafts)
     ]
     result = generate_latents(
         backbone,
-        drafts,
+        generations,
         reference=reference,
-        method=method,
-        sampling=sampling,
+        method=resolved,
+        sampling=resolved_sampling,
         on_step=on_step,
-        last_step=method.count_guided_steps(sampling.steps),
+        last_step=resolved.count_guided_steps(resolved_sampling.steps),
     )
     return replace(result, bank=_signed(result.bank, prompt, size))
 
@@ -151,9 +157,9 @@ def transfer_latents(
     *,
     reference_latents: Tensor | None,
     initial_latents: Tensor,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None,
-    source_embeds: Tensor | None,
+    prompt_embeds: Condition,
+    negative_prompt_embeds: Condition | None,
+    source_embeds: Condition | None,
     method: MethodSettings,
     sampling: SamplingSettings,
     generator: torch.Generator,
@@ -163,44 +169,43 @@ def transfer_latents(
 
     source_embeds: text embeddings of the reference's pass (the paper: of the empty prompt).
     """
-    method, sampling = method.resolve(backbone.defaults), sampling.resolve(backbone.defaults)
+    resolved, resolved_sampling = method.resolve(backbone.defaults), sampling.resolve(backbone.defaults)
     reference = None
-    if method.needs_reference:
+    if resolved.needs_reference:
         if reference_latents is None or source_embeds is None:
-            raise ValueError(f"method {method.name} needs reference_latents and source_embeds")
-        reference = reference_from_latents(backbone, reference_latents, source_embeds, method)
-    assert sampling.steps is not None, "resolve() has filled it"
-    embeds = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
-    draft = Draft.begin(initial_latents, embeds, backbone.solver(sampling.steps), generator)
+            raise ValueError(f"method {resolved.name} needs reference_latents and source_embeds")
+        reference = reference_from_latents(backbone, reference_latents, source_embeds, resolved)
+    conditions = [prompt_embeds, *([] if negative_prompt_embeds is None else [negative_prompt_embeds])]
+    schedule = backbone.schedule(resolved_sampling.steps, backbone.layout.grid(initial_latents.shape))
+    generation = Generation(initial_latents, conditions, schedule, generator)
     return generate_latents(
         backbone,
-        [draft],
+        [generation],
         reference=reference,
-        method=method,
-        sampling=sampling,
-        source_embeds=source_embeds,
+        method=resolved,
+        sampling=resolved_sampling,
+        source=source_embeds,
         on_step=on_step,
     )
 
 
 def generate_latents(
     backbone: Backbone,
-    drafts: Sequence[Draft],
+    generations: Sequence[Generation],
     *,
     reference: MotionReference | MotionBank | None,
-    method: MethodSettings,
-    sampling: SamplingSettings,
-    source_embeds: Tensor | None = None,
+    method: ResolvedMethod,
+    sampling: ResolvedSampling,
+    source: Condition | None = None,
     on_step: OnStep | None = None,
     last_step: int | None = None,
 ) -> Transferred:
-    """Sample drafts that follow a motion reference or a bank; the result's latents are the first one's.
+    """Sample generations that follow a motion reference or a bank; the result's latents are the first one's.
 
-    Settings are resolved. Several drafts share what is learned of positions. source_embeds: as in `transfer_latents`;
-    taken from the backbone if they are needed and left out. last_step: stop after this many steps.
+    Several generations share what is learned of positions. source: condition of the reference's
+    pass; taken from the backbone if it is needed and left out. last_step: stop after this many steps.
     """
-    assert sampling.steps is not None, "resolve() first"
-    if len(drafts[0].embeds) == 1 and sampling.guidance_scale != 1:
+    if len(generations[0].conditions) == 1 and sampling.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale {sampling.guidance_scale} needs negative_prompt_embeds (of an empty text, if there is no "
             "negative prompt); guidance_scale 1 does without"
@@ -209,21 +214,22 @@ def generate_latents(
     motion = _injection_only(reference, backbone) if isinstance(reference, MotionBank) else reference
     guidance = None
     if method.needs_reference:
-        grid = backbone.grid(drafts[0].latents)
+        grid = backbone.layout.grid(generations[0].noise.shape)
         _check_reference(backbone, motion, bank, grid, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
         injected_steps = method.count_injected_steps(sampling.steps)
         optimize = method.optimize if bank is None else bank.optimize
-        positions = positions_of(backbone, grid, optimize, method.stay, method.smooth)
+        kind: PositionKind = "coordinates" if optimize == "coordinates" else "position"
+        variable = PositionVariable(backbone.positions(grid), kind, grid, method.stay, method.smooth)
         if bank is not None:
-            _check_shapes(backbone, bank, grid, positions.start())
-        if source_embeds is None and method.measured == "prediction" and bank is None:
-            source_embeds = backbone.encode_prompt("")
-        guidance = Guidance(backbone, method, guided_steps, injected_steps, positions, motion, bank, source_embeds)
-    denoised = denoise(backbone, drafts, sampling, guidance, last_step, on_step)
+            _check_shapes(backbone, bank, grid, variable.zero())
+        if source is None and method.measured == "prediction" and bank is None:
+            source = backbone.condition("")
+        guidance = Guidance(backbone, method, guided_steps, injected_steps, variable, motion, bank, source)
+    denoised = denoise(backbone, generations, backbone.guider(sampling), guidance, last_step, on_step)
     learned = bank is None and method.learns_positions
     return Transferred(
-        latents=drafts[0].latents,
+        latents=denoised.latents[0],
         records=denoised.records,
         motion_reference=motion,
         bank=_bank_of(backbone, denoised, motion, method, sampling.steps) if learned and motion else None,
@@ -231,24 +237,28 @@ def generate_latents(
     )
 
 
-def _embeds_of(backbone: Backbone, prompt: str, sampling: SamplingSettings) -> list[Tensor]:
-    """Text embeddings of the prompt and, for classifier-free guidance, of the negative prompt."""
+def _conditions_of(backbone: Backbone, prompt: str, sampling: ResolvedSampling) -> list[Condition]:
+    """Conditions of the prompt and, for classifier-free guidance, of the negative prompt."""
     texts = [prompt] if sampling.guidance_scale == 1 else [prompt, sampling.negative_prompt]
-    return [backbone.encode_prompt(text) for text in texts]
+    return [backbone.condition(text) for text in texts]
 
 
-def _draft_of(
-    backbone: Backbone, embeds: Sequence[Tensor], size: tuple[int, int, int], sampling: SamplingSettings, seed: int
-) -> Draft:
-    """Begin a generation. Noise is drawn on the CPU, so that every device starts from the same."""
-    assert sampling.steps is not None, "resolve() first"
+def _generation_of(
+    backbone: Backbone,
+    conditions: Sequence[Condition],
+    size: tuple[int, int, int],
+    sampling: ResolvedSampling,
+    seed: int,
+) -> Generation:
+    """Set up a generation. Noise is drawn on the CPU, so that every device starts from the same."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn(backbone.latent_shape(*size), generator=generator)
-    return Draft.begin(noise.to(backbone.device), embeds, backbone.solver(sampling.steps), generator)
+    noise = torch.randn(backbone.layout.latent_shape(*size), generator=generator)
+    schedule = backbone.schedule(sampling.steps, backbone.layout.grid(noise.shape))
+    return Generation(noise.to(backbone.device), conditions, schedule, generator)
 
 
 def _seed_of_draft(seed: int, number: int) -> int:
-    """The first draft has the row's seed, each other one of its own that follows from it."""
+    """Return the seed of a draft: that of the row for the first, one derived from it for every other."""
     if number == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}, draft {number}".encode()).digest()[:7], "big")
@@ -256,21 +266,20 @@ def _seed_of_draft(seed: int, number: int) -> int:
 
 def _best_noise(
     backbone: Backbone,
-    embeds: Sequence[Tensor],
+    conditions: Sequence[Condition],
     size: tuple[int, int, int],
     reference: MotionReference | MotionBank | None,
-    method: MethodSettings,
-    sampling: SamplingSettings,
+    method: ResolvedMethod,
+    sampling: ResolvedSampling,
     seed: int,
 ) -> tuple[int, list[float]]:
-    """Try several noises by the first guided steps; return the seed with the smallest loss, and the losses."""
-    assert sampling.steps is not None, "resolve() first"
+    """Run the first guided steps from several noises; return the seed with the smallest loss, and all losses."""
     seeds = [_seed_of_draft(seed, number) for number in range(method.noise_candidates)]
     last_step, losses = method.count_trial_steps(sampling.steps), []
     for candidate in seeds:
-        draft = _draft_of(backbone, embeds, size, sampling, candidate)
+        generation = _generation_of(backbone, conditions, size, sampling, candidate)
         trial = generate_latents(
-            backbone, [draft], reference=reference, method=method, sampling=sampling, last_step=last_step
+            backbone, [generation], reference=reference, method=method, sampling=sampling, last_step=last_step
         )
         losses.append(trial.losses[-1][-1])
     return seeds[losses.index(min(losses))], losses
@@ -288,11 +297,11 @@ def _learned(
     backbone: Backbone,
     reference: MotionReference,
     size: tuple[int, int, int],
-    method: MethodSettings,
-    sampling: SamplingSettings,
+    method: ResolvedMethod,
+    sampling: ResolvedSampling,
     seed: int,
 ) -> MotionBank:
-    """Learn a bank with the prompt `method.learn_with`, to be used at once with another."""
+    """Learn a bank with the prompt `method.learn_with`, for zero-shot use with another."""
     own = replace(method, zero_shot=False)
     learned = learn_bank(
         backbone, method.learn_with, reference=reference, size=size, method=own, sampling=sampling, seed=seed
@@ -302,10 +311,10 @@ def _learned(
 
 
 def _injection_only(bank: MotionBank, backbone: Backbone) -> MotionReference | None:
-    """What injection needs of a bank: the reference's latents, when they were kept."""
+    """Return the reference's latents of a bank, which injection needs, as a motion reference; None if not stored."""
     if bank.latents is None:
         return None
-    return MotionReference(backbone.grid(bank.latents), backbone.revision, None, {}, bank.latents)
+    return MotionReference(backbone.layout.grid(bank.latents.shape), backbone.revision, None, {}, bank.latents)
 
 
 def _check_reference(
@@ -313,12 +322,12 @@ def _check_reference(
     motion: MotionReference | None,
     bank: MotionBank | None,
     grid: TokenGrid,
-    method: MethodSettings,
+    method: ResolvedMethod,
     steps: int,
 ) -> None:
-    """Refuse a reference or bank that is missing, incomplete, or made for something else."""
+    """Raise for a reference or bank that is missing, incomplete, or made for another model, grid or schedule."""
     if bank is not None:
-        timesteps = backbone.solver(steps).timesteps.tolist()
+        timesteps = [level.timestep for level in backbone.schedule(steps, grid).levels]
         bank.check_fits(backbone.revision, grid, timesteps, method.count_guided_steps(steps))
     elif motion is None:
         raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
@@ -332,12 +341,12 @@ def _check_reference(
 
 
 def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid, start: LearnedPosition) -> None:
-    """Refuse a bank whose tensors are not those of its own header: somebody has changed it."""
+    """Raise BankMismatchError for a bank whose tensors contradict its header."""
     shapes = {part: tuple(value.shape) for part, value in start.items()}
     came = {part: values.shape[1:] for part, values in bank.parts.items()}
     if came != shapes:
         raise BankMismatchError(f"this motion bank has positions {came}, the model's are {shapes}: it is damaged")
-    if bank.latents is not None and backbone.grid(bank.latents) != grid:
+    if bank.latents is not None and backbone.layout.grid(bank.latents.shape) != grid:
         raise BankMismatchError(
             f"this motion bank has a reference's latents {list(bank.latents.shape)}, which make no {grid} grid: it is "
             "damaged"
@@ -345,7 +354,7 @@ def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid, start: 
 
 
 def _bank_of(
-    backbone: Backbone, denoised: Denoised, motion: MotionReference, method: MethodSettings, steps: int
+    backbone: Backbone, denoised: Denoised, motion: MotionReference, method: ResolvedMethod, steps: int
 ) -> MotionBank:
     header = BankHeader(
         model=backbone.name,
@@ -361,7 +370,7 @@ def _bank_of(
 
 
 def _signed(bank: MotionBank | None, prompt: str, size: tuple[int, int, int]) -> MotionBank | None:
-    """Return the bank with the prompt and the size (frames, height, width) that it was learned with."""
+    """Return the bank with its prompt and size (frames, height, width) in the header."""
     return bank and replace(bank, header=replace(bank.header, prompt=prompt, provenance={"size": list(size)}))
 
 

@@ -1,4 +1,4 @@
-"""Small frozen types that the whole algorithm speaks in.
+"""Data types shared by the whole algorithm, and their errors.
 
 Axis letters: F latent frames after temporal patching, P = h*w patches of one frame, S = F*P video tokens,
 H attention heads, d head size, D = H*d.
@@ -13,22 +13,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ditflow.errors import DitflowError
+
 PositionEmbedding = dict[str, Tensor]
 """A position embedding by part: query_cos, query_sin, key_cos, key_sin [S, d], or additive [S, D]."""
 LearnedPosition = dict[str, Tensor]
-"""What was learned of a position embedding: changes of its parts, or moves [S, 3] of tokens, or of queries and keys."""
+"""Learned offsets of a position embedding: of its parts, or of coordinates [S, 3] of tokens, or of queries and keys."""
 
 
-class TokenGridError(ValueError):
-    """Tokens, latents or a bank do not fit the grid of patches."""
+class TokenGridError(DitflowError, ValueError):
+    """Tokens, latents or a bank do not fit the token grid."""
+
+    default_code = "token-grid-mismatch"
 
 
-class StaticReferenceError(ValueError):
-    """The reference shows no motion at all: there is nothing to transfer."""
+class StaticReferenceError(DitflowError, ValueError):
+    """The reference shows no motion: there is nothing to transfer."""
+
+    default_code = "static-reference"
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss, latents, positions or pixels became NaN or infinite."""
+class MotionFilterError(DitflowError, ValueError):
+    """A motion filter cannot be applied to this reference."""
+
+    default_code = "motion-filter"
+
+
+class NonFiniteError(DitflowError, ArithmeticError):
+    """A loss, latents, positions or pixels are NaN or infinite."""
+
+    default_code = "not-finite"
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:
@@ -44,7 +58,7 @@ def check_finite(what: str, *tensors: Tensor) -> None:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The video tokens of one clip: `frames` token frames of `height` x `width` patches."""
+    """The grid of a clip's video tokens: `frames` token frames of `height` x `width` patches."""
 
     frames: int
     height: int
@@ -65,11 +79,11 @@ class TokenGrid:
         if tokens != self.tokens:
             raise TokenGridError(
                 f"{tokens} tokens do not fill a {self} grid ({self.tokens}). If the difference is the number of "
-                "text tokens, they were not split off before the call."
+                "text tokens, split them off before the call."
             )
 
     def coordinates(self, device: torch.device | str = "cpu") -> Float[Tensor, "patches 2"]:
-        """Patch coordinates (x, y) of one frame, in patches, row by row."""
+        """Return the patch coordinates (x, y) of one frame, in patches, row by row."""
         y, x = torch.meshgrid(torch.arange(self.height), torch.arange(self.width), indexing="ij")
         return torch.stack([x.flatten(), y.flatten()], dim=-1).to(device, torch.float32)
 
@@ -79,7 +93,7 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class QueriesKeys:
-    """Queries and keys of one block's video tokens, all heads concatenated, after QK norm and position."""
+    """Queries and keys of one block's video tokens, all heads concatenated, after QK norm and rotary embedding."""
 
     query: Float[Tensor, "tokens inner"]
     key: Float[Tensor, "tokens inner"]
@@ -88,19 +102,19 @@ class QueriesKeys:
 
 @dataclass(frozen=True)
 class Features:
-    """What one block makes of the video tokens: its output."""
+    """Output of one block for the video tokens."""
 
     tokens: Float[Tensor, "tokens inner"]
 
 
 Capture = QueriesKeys | Features
-"""What a motion loss sees of a block."""
+"""What a motion loss is given of a block."""
 CaptureKind = Literal["queries_keys", "features"]
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of block 0's video tokens, straight from their projections: what injection carries."""
+    """Keys and values of block 0's video tokens as projected, before norm and rotary embedding; used for injection."""
 
     key: Float[Tensor, "batch tokens inner"]
     value: Float[Tensor, "batch tokens inner"]
@@ -108,10 +122,10 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What happened in one denoising step. `losses` is empty in steps without guidance."""
+    """Record of one denoising step. `losses` is empty in steps without guidance."""
 
     step: int
-    timestep: int
+    timestep: int | float
     guidance_scale: float
     learning_rate: float | None = None
     losses: list[float] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """What `ditflow bank` does: banks listed, shown, checked and copied.
 
-`ditflow.bank` and all that needs torch is imported where it is used: listing thousands of banks is quick.
+`ditflow.banks.bank` and all that needs torch is imported where it is used: listing thousands of banks is quick.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shown(uri: str, options: dict[str, Any], plot: Path | None) -> dict[str, Any
     """Return all that a bank says of itself, and draw the flow of its reference."""
     from dataclasses import asdict
 
-    from ditflow.bank import MotionBank
+    from ditflow.banks.bank import MotionBank
 
     data = read_uri(uri, options)
     bank = MotionBank.from_bytes(data, uri)
@@ -57,7 +57,7 @@ def shown(uri: str, options: dict[str, Any], plot: Path | None) -> dict[str, Any
 
 def _draw(bank: Any, uri: str, plot: Path) -> None:
     """Draw a bank's flow; ValueError for one without."""
-    from ditflow.plot import plot_consecutive_flow
+    from ditflow.media.plot import plot_consecutive_flow
 
     header, motion = bank.header, bank.header.motion
     if bank.flow is None or motion is None:

@@ -25,7 +25,8 @@ from jobs.table import Screen, stdout_screen
 from jobs.waiting import tell_of_waits
 
 if TYPE_CHECKING:
-    from ditflow.backbones.base import TextLimit
+    from ditflow.backbones.contract import TextLimit
+    from ditflow.settings import MotionSettings
     from jobs.spec import ReadySpec
     from pipeline.job import Job
     from pipeline.lease import Holder
@@ -60,6 +61,11 @@ FramesOption = Annotated[int | None, typer.Option(help="Frames (default: the mod
 HeightOption = Annotated[int | None, typer.Option(help="Height in pixels.")]
 StartOption = Annotated[int, typer.Option(help="First frame used.")]
 StrideOption = Annotated[int, typer.Option(help="Every how many frames one is used.")]
+MotionOption = Annotated[str, typer.Option(help="Where the motion comes from: attention or optical_flow.")]
+MaskOption = Annotated[
+    Path | None, typer.Option(help="Mask of the reference (picture or video): only what it shows guides.")
+]
+MaskObjectOption = Annotated[int | None, typer.Option(help="Object in the mask (default: all that is not 0).")]
 WidthOption = Annotated[int | None, typer.Option(help="Width in pixels.")]
 WhereOption = Annotated[
     str | None, typer.Option(help="Condition in SQL on the catalogue's columns: mean_displacement > 1.")
@@ -204,6 +210,9 @@ def transfer(
     guided_steps: Annotated[int | None, typer.Option(help="Guided steps (default: the model's).")] = None,
     noise_candidates: Annotated[int, typer.Option(help="Initial noises to choose from, by their motion loss.")] = 1,
     injection: Annotated[bool, typer.Option(help="Inject the reference's keys and values.")] = True,
+    motion: MotionOption = "attention",
+    mask: MaskOption = None,
+    mask_object: MaskObjectOption = None,
     seed: int = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -214,7 +223,7 @@ def transfer(
     ditflow transfer bmx.mp4 "a leopard ..." --optimize position --save-bank bmx.safetensors
     ditflow transfer --bank bmx.safetensors "a tractor on a field" -o tractor.mp4
     """
-    from ditflow.bank import MotionBank
+    from ditflow.banks.bank import MotionBank
     from ditflow.settings import MethodSettings, SamplingSettings
     from jobs import single
 
@@ -224,7 +233,7 @@ def transfer(
         prompt = reference
     with outlived(), expected_errors():
         summary = single.transfer(
-            single.ReferenceClip(reference, frames, height, width, start, stride)
+            single.ReferenceClip(reference, frames, height, width, start, stride, mask)
             if bank is None
             else single.ReusedBank(MotionBank.from_bytes(bank.read_bytes(), str(bank)), frames, height, width),
             prompt,
@@ -236,6 +245,7 @@ def transfer(
                 guided_steps=guided_steps,
                 noise_candidates=noise_candidates,
                 injection=injection,
+                motion=_motion(motion, mask, mask_object),
             ),
             sampling=SamplingSettings(steps=steps),
             seed=seed,
@@ -260,9 +270,12 @@ def extract(
     width: WidthOption = None,
     start: StartOption = 0,
     stride: StrideOption = 1,
+    motion: MotionOption = "attention",
+    mask: MaskOption = None,
+    mask_object: MaskObjectOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Extract the attention motion flow of a video, and draw it.
+    """Extract the motion of a video, and draw it.
 
     \b
     ditflow extract bmx.mp4 -o bmx.safetensors --plot bmx.png
@@ -272,15 +285,25 @@ def extract(
 
     with outlived(), expected_errors():
         summary = single.extract(
-            single.ReferenceClip(reference, frames, height, width, start, stride),
+            single.ReferenceClip(reference, frames, height, width, start, stride, mask),
             output,
             model=model,
-            method=MethodSettings(blocks=None if block is None else (block,)),
+            method=MethodSettings(
+                blocks=None if block is None else (block,), motion=_motion(motion, mask, mask_object)
+            ),
             screen=screen,
             plot=plot,
         )
         if as_json:
             _emit(**summary)
+
+
+def _motion(source: str, mask: Path | None, number: int | None) -> MotionSettings:
+    from ditflow.settings import MotionSettings
+
+    if number is not None and mask is None:
+        _fail("--mask-object chooses from a mask: give --mask as well", WRONG_REQUEST)
+    return MotionSettings(source, () if mask is None else ({"mask": {"object": number}},))
 
 
 # ---------------------------------------------------------------------------------------------------------- jobs
@@ -451,7 +474,7 @@ def _print_plan(spec: ReadySpec, planned: Plan) -> int | None:
 def _warn_of_cut(limit: TextLimit, texts: Collection[str], what: str, reader: str, more: str) -> int:
     """Warn of texts that are longer than a text encoder reads; return how many are."""
 
-    cut = limit.cut(texts)
+    cut = limit.too_long(texts)
     if cut:
         first, tokens = next(iter(cut.items()))
         screen.print(

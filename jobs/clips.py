@@ -54,8 +54,8 @@ def _render(files: Iterable[tuple[Path, tuple[int, int | None]]]) -> None:
     missing = [(file, *what) for file, what in files if not file.exists()]
     if missing:
         # Slow to import, and a second quickstart has nothing to render.
+        from ditflow.media.video import write_video
         from ditflow.mini.world import render, sample_scene
-        from ditflow.video import write_video
 
         for file, seed, sprites in missing:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def encode_frame_folders(frames_folder: Path, out_folder: Path, fps: float) -> I
 
 def _encode(files: Sequence[Path], clip: Path, fps: float) -> None:
     # Slow to import, and when all clips are there, nothing is to be encoded.
-    from ditflow.video import VideoError, write_video
+    from ditflow.media.video import VideoError, write_video
 
     clip.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ditflow.settings import SettingsError
+from ditflow.errors import SettingsError
 
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _DAYS = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"]

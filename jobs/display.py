@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ditflow.plot import plot_intervals
+from ditflow.media.plot import plot_intervals
 from jobs.table import printable, stdout_screen
 from pipeline.comparison import Comparison, Entry
 

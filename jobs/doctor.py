@@ -49,7 +49,7 @@ def _device() -> str:
 def _video() -> str:
     import numpy as np
 
-    from ditflow.video import encode_video, probe_video
+    from ditflow.media.video import encode_video, probe_video
 
     frames = np.zeros((5, 64, 64, 3), np.uint8)
     found = probe_video(encode_video(frames, fps=8.0)).frames
@@ -66,8 +66,8 @@ def _model(path: str) -> str:
     from ditflow import backbones
 
     identity = backbones.identify(path)
-    size = "x".join(map(str, identity.geometry.sample_size))
-    return f"revision {identity.revision}, {identity.geometry.blocks} blocks, made for {size}"
+    size = "x".join(map(str, identity.layout.trained_size))
+    return f"revision {identity.revision}, {identity.layout.blocks} blocks, made for {size}"
 
 
 def _output(uri: str) -> str:

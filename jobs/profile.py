@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditflow.settings import SettingsError
+from ditflow.errors import SettingsError
 from jobs.spec import read_section
 
 SAMPLE = Path("infra/kuberay/profile.yaml")

@@ -12,15 +12,16 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditflow import backbones
-from ditflow.backbones.base import Backbone
-from ditflow.bank import MotionBank
-from ditflow.denoise import OnStep
-from ditflow.plot import plot_flow, plot_losses, plot_transfer
-from ditflow.reference import extract_motion
+from ditflow.backbones.contract import Backbone
+from ditflow.banks.bank import MotionBank
+from ditflow.media.mask import read_mask
+from ditflow.media.plot import plot_flow, plot_losses, plot_transfer
+from ditflow.media.video import Clip, read_video, write_video
+from ditflow.motion.reference import MotionReference, extract_motion
+from ditflow.sampling.denoise import OnStep
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, transfer_motion
 from ditflow.types import StepRecord
-from ditflow.video import Clip, read_video, write_video
 from jobs.table import Screen
 from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.job import DEFAULT_FPS
@@ -36,11 +37,27 @@ class ReferenceClip:
     width: int | None
     start: int
     stride: int
+    mask: Path | None = None
+
+    def read_mask(self, backbone: Backbone) -> np.ndarray | None:
+        """Read the mask like the clip; see `ditflow.media.mask`."""
+        if self.mask is None:
+            return None
+        frames, height, width = self.size(backbone)
+        return read_mask(
+            self.mask.read_bytes(),
+            frames=frames,
+            height=height,
+            width=width,
+            start=self.start,
+            stride=self.stride,
+            name=str(self.mask),
+        )
 
     def read(self, backbone: Backbone, screen: Screen) -> Clip:
         """Decode it at a size that the model can do; SettingsError and VideoError say why not."""
         frames, height, width = self.size(backbone)
-        backbone.latent_shape(frames, height, width)
+        backbone.layout.latent_shape(frames, height, width)
         clip = read_video(self.path, frames=frames, height=height, width=width, start=self.start, stride=self.stride)
         for note in clip.notes:
             screen.print(f"{self.path}: {note}")
@@ -48,7 +65,7 @@ class ReferenceClip:
 
     def size(self, backbone: Backbone) -> tuple[int, int, int]:
         """Frames, height and width."""
-        return _size((self.frames, self.height, self.width), backbone.geometry.sample_size)
+        return _size((self.frames, self.height, self.width), backbone.layout.trained_size)
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ class ReusedBank:
     def at_size(self, backbone: Backbone) -> MotionBank:
         """Return the bank for the new video's size; see `MotionBank.resized`."""
         size = _size((self.frames, self.height, self.width), self.bank.header.provenance["size"])
-        return self.bank.resized(backbone.geometry, size)
+        return self.bank.resized(backbone.layout, size)
 
 
 def _size(asked: Sequence[int | None], own: Sequence[int]) -> tuple[int, int, int]:
@@ -90,7 +107,7 @@ def transfer(
         raise ValueError(
             "--save-bank needs --optimize position or coordinates, and no --bank: nothing else learns positions"
         )
-    if plot is not None and (isinstance(reference, ReusedBank) or method.loss is None):
+    if plot is not None and (isinstance(reference, ReusedBank) or not method.has_loss):
         raise ValueError(
             "--plot draws the losses, and there are none: with --bank or this --method nothing is optimised"
         )
@@ -101,7 +118,7 @@ def transfer(
     if isinstance(reference, ReusedBank):
         method, sampling = _as_learned(reference.bank, method, sampling)
     backbone = backbones.load(model)
-    for tokens in backbone.text_limit.cut([prompt]).values():
+    for tokens in backbone.text_limit.too_long([prompt]).values():
         screen.print(f"warning: the prompt has {tokens} tokens, of which the model reads {backbone.text_limit.tokens}")
     source, size, fps = _source(reference, backbone, method, screen)
     steps = sampling.resolve(backbone.defaults).steps
@@ -110,6 +127,7 @@ def transfer(
             backbone,
             prompt,
             reference=source,
+            mask=None if isinstance(reference, ReusedBank) else reference.read_mask(backbone),
             size=size,
             method=method,
             sampling=sampling,
@@ -132,7 +150,7 @@ def _draw_transfer(source: np.ndarray | MotionBank | None, result: Transferred, 
     motion = result.motion_reference
     assert isinstance(source, np.ndarray) and motion is not None and result.video is not None
     grid = (motion.grid.frames, motion.grid.height, motion.grid.width)
-    plot_transfer(source, motion.displacement.numpy(), grid, result.video, picture, title=prompt)
+    plot_transfer(source, _whole_patches(motion), grid, result.video, picture, title=prompt)
 
 
 def extract(
@@ -149,18 +167,23 @@ def extract(
     limit_threads(usable_cpus())
     backbone = backbones.load(model)
     clip = reference.read(backbone, screen)
-    motion = extract_motion(backbone, clip.frames, method)
+    motion = extract_motion(backbone, clip.frames, method, reference.read_mask(backbone))
     output.write_bytes(motion.to_bytes())
     displacement = motion.displacement.float()
     if plot is not None:
         grid = (motion.grid.frames, motion.grid.height, motion.grid.width)
         title = f"{Path(reference.path).name}: {backbone.name}, block {next(iter(motion.payloads))}"
-        plot_flow(clip.frames, motion.displacement.numpy(), grid, plot, title=title)
+        plot_flow(clip.frames, _whole_patches(motion), grid, plot, title=title)
     moving = float((displacement != 0).any(dim=-1).float().mean())
     length = float(displacement.norm(dim=-1).mean())
     screen.print(f"{moving:.0%} of the patches of a {motion.grid} grid move, by {length:.2f} patches on average")
     _say_written(screen, [output, plot])
     return {"output": str(output), "grid": str(motion.grid), "moving": moving, "mean_displacement": length}
+
+
+def _whole_patches(motion: MotionReference) -> np.ndarray:
+    """Displacement of the first guidance block, rounded to whole patches for drawing."""
+    return np.rint(motion.displacement.float().numpy()).astype(np.int64)
 
 
 def _as_learned(

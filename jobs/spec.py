@@ -24,8 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditflow import backbones
 from ditflow.backbones import ModelIdentity, ModelNotFoundError
-from ditflow.backbones.base import Geometry
-from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
+from ditflow.errors import SettingsError
+from ditflow.layout import LatentLayout
+from ditflow.settings import MethodSettings, ModelDefaults, count_steps
 from jobs.yaml12 import Loader, differs_in_1_1, dump
 from pipeline.cache import local_model
 from pipeline.job import KINDS, Job
@@ -408,13 +409,18 @@ def _with_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_own_methods(values: dict[str, Any]) -> dict[str, Any]:
-    """Each of `methods` takes from `method` what it leaves out."""
+    """Each of `methods` takes from `method` what it leaves out, but not the settings of another motion loss."""
     shared, methods = values.get("method") or {}, values.get("methods")
     if not isinstance(shared, dict) or not isinstance(methods, dict):
         return values
+    name = shared.get("name", MethodSettings.name)
+    other = {key: value for key, value in shared.items() if key != "loss"}
     return {
         **values,
-        "methods": {name: {**shared, **own} if isinstance(own, dict) else own for name, own in methods.items()},
+        "methods": {
+            variant: {**(shared if own.get("name", name) == name else other), **own} if isinstance(own, dict) else own
+            for variant, own in methods.items()
+        },
     }
 
 
@@ -460,7 +466,7 @@ def _explain(error: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     keys = tuple(str(part) for part in error["loc"] if not _UNION_MEMBER.match(str(part)))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SettingsError):
-        return (*keys, cause.key), str(cause).removeprefix(f"{cause.key}: ")
+        return (*keys, *cause.key.split(".")), str(cause).removeprefix(f"{cause.key}: ")
     if error["type"] == "missing":
         return keys, "it is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -508,11 +514,12 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
         model = replace(found, path=job.model.path)
     except (ModelNotFoundError, StoreError, OSError, ValueError) as error:  # the last two: names that no file can have
         raise SpecError(lines.at(["model", "path"], f"{error}"[:1000])) from error
-    defaults = model.geometry.defaults
+    defaults = model.defaults
     resolved = replace(
         job,
-        method=_resolved(job.method, job.kind, defaults),
-        methods={name: _resolved(method, job.kind, defaults) for name, method in job.methods.items()},
+        motion=job.motion.resolve(),
+        method=_resolved(job.method, job, defaults),
+        methods={name: _resolved(method, job, defaults) for name, method in job.methods.items()},
         sampling=job.sampling.resolve(defaults),
     )
     mistakes = [*_misfits(resolved, model, lines), *_bad_addresses(job, lines)]
@@ -521,25 +528,29 @@ def _resolve(job: Job, lines: _Lines) -> ReadySpec:
     return ReadySpec(resolved, model, to_yaml(resolved))
 
 
-def _resolved(method: MethodSettings, kind: str, defaults: ModelDefaults) -> MethodSettings:
-    """Fill in the model's defaults. How many steps of `reuse` are guided and injected, each bank says if it can."""
-    resolved = method.resolve(defaults)
-    if kind != "reuse":
+def _resolved(method: MethodSettings, job: Job, defaults: ModelDefaults) -> MethodSettings:
+    """Fill in the job's motion and the model's defaults.
+
+    How many steps of `reuse` are guided and injected, each bank says if it can.
+    """
+    resolved = method.resolve(defaults) if method.motion else replace(method, motion=job.motion).resolve(defaults)
+    if job.kind != "reuse":
         return resolved
-    return replace(resolved, guided_steps=method.guided_steps, injected_steps=method.injected_steps)
+    own = {"guided_steps": method.guided_steps, "injected_steps": method.injected_steps}
+    return MethodSettings(**{**vars(resolved), **own})
 
 
 def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
     """What a job asks that its model, or its kind, cannot do."""
-    geometry, steps = model.geometry, job.sampling.steps
+    layout, steps = model.layout, job.sampling.steps
     assert steps is not None
     checks: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
-        (("references",), lambda: job.kind in ("reuse", "evaluate") or geometry.latent_shape(*job.references.size)),
-        (("banks", "size"), lambda: job.banks.size is None or geometry.latent_shape(*job.banks.size)),
+        (("references",), lambda: job.kind in ("reuse", "evaluate") or layout.latent_shape(*job.references.size)),
+        (("banks", "size"), lambda: job.banks.size is None or layout.latent_shape(*job.banks.size)),
     ]
     for name, variant in job.variants.items():
         where = ("methods", name) if job.methods else ("method",)
-        checks += [(where, partial(check, variant.method)) for check in _method_checks(job.kind, geometry, steps)]
+        checks += [(where, partial(check, variant.method)) for check in _method_checks(job.kind, layout, steps)]
     for keys, check in checks:
         try:
             check()
@@ -549,14 +560,21 @@ def _misfits(job: Job, model: ModelIdentity, lines: _Lines) -> Iterator[str]:
             yield lines.at(keys, f"it holds a number that cannot be counted with ({error}), such as infinity")
 
 
-def _method_checks(kind: str, geometry: Geometry, steps: int) -> list[Callable[[MethodSettings], Any]]:
+def _method_checks(kind: str, layout: LatentLayout, steps: int) -> list[Callable[[MethodSettings], Any]]:
     """What each of a job's methods has to stand; each raises SettingsError."""
     return [
-        lambda method: method.needs_reference and method.guided_steps is not None and method.count_guided_steps(steps),
-        lambda method: method.injected_steps not in (None, method.guided_steps) and method.count_injected_steps(steps),
-        lambda method: geometry.check_blocks(method.blocks or ()),
+        partial(_check_counts, steps=steps),
+        lambda method: layout.check_blocks(method.blocks or ()),
         partial(_check_kind, kind),
     ]
+
+
+def _check_counts(method: MethodSettings, steps: int) -> None:
+    """Raise SettingsError for more guided or injected steps than there are; what a bank decides is not known yet."""
+    if method.needs_reference and method.guided_steps is not None:
+        count_steps("guided_steps", method.guided_steps, steps)
+    if method.injected_steps not in (None, method.guided_steps):
+        count_steps("injected_steps", method.injected_steps, steps)
 
 
 def _bad_addresses(job: Job, lines: _Lines) -> Iterator[str]:
@@ -583,7 +601,7 @@ def _check_kind(kind: str, method: MethodSettings) -> None:
         )
     if kind != "synthesize" and method.noise_candidates > 1:
         raise SettingsError("noise_candidates", method.noise_candidates, f"1 for kind {kind}, which guides no video")
-    if kind == "extract" and method.loss is None:
+    if kind == "extract" and not method.has_loss:
         raise SettingsError("name", method.name, "a method with a motion loss for kind extract")
 
 
@@ -601,4 +619,4 @@ def _plain(value: Any, key: str = "") -> Any:
     return public_uri(value) if key in _ADDRESSES and isinstance(value, str) else value
 
 
-_ADDRESSES = ("uri", "path", "clip", "tracker_weights")
+_ADDRESSES = ("uri", "masks", "path", "clip", "tracker_weights")

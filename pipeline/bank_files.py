@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ditflow.artifact import ArtifactError
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from pipeline.catalogue import Catalogue, is_bank
 from pipeline.manifest import HASH_THREADS, Manifest, output_key
 from pipeline.store import Store, StoreCredentialsError, StoreError, StoreMissingError, absolute_uri

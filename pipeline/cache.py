@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditflow.cache import cache_folder, go_on_without_cache
+from ditflow.cache import cache_folder, warn_cache_unusable
 from pipeline.job import Job
 from pipeline.store import Store, StoreMissingError, is_local, local_folder, local_path
 from pipeline.waits import counted
@@ -58,13 +58,13 @@ class NodeCache:
         except FileNotFoundError:
             pass
         except OSError as error:
-            go_on_without_cache(self.folder, error.strerror)
+            warn_cache_unusable(self.folder, error.strerror)
         data = fetch()
         if _sha256(data) == sha256:
             try:
                 self._write(data, file)
             except OSError as error:
-                go_on_without_cache(self.folder, error.strerror)
+                warn_cache_unusable(self.folder, error.strerror)
         return data
 
     def _write(self, data: bytes, file: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.store import Entry, Store, StoreCredentialsError, StoreError, Stor
 from pipeline.waits import counted
 
 if TYPE_CHECKING:
-    from ditflow.bank import BankHeader
+    from ditflow.banks.bank import BankHeader
 
 INDEX_KEY = "index.parquet"
 ENDING = ".safetensors"
@@ -143,14 +143,14 @@ class Catalogue:
     def _row(self, key: str, entry: Entry) -> dict[str, Any] | str:
         """Return a bank's row, or what is wrong with the file."""
         # The algorithm takes seconds to import; where the index knows every bank, it is not needed.
-        from ditflow.artifact import MOST_HEADER_BYTES, ArtifactError, header_end
-        from ditflow.bank import MotionBank
+        from ditflow.artifact import MAX_HEADER_BYTES, ArtifactError, header_end
+        from ditflow.banks.bank import MotionBank
 
         name = self.store.uri_of(key)
         try:
             readable = entry.bytes or entry.written is None
             start = self.store.read_start(key, _FIRST_BYTES) if readable else b""
-            if len(start) < header_end(start) <= min(entry.bytes, 8 + MOST_HEADER_BYTES):
+            if len(start) < header_end(start) <= min(entry.bytes, 8 + MAX_HEADER_BYTES):
                 start = self.store.read_start(key, header_end(start))
             row = _row_of(key, entry, MotionBank.read_header(start, name, entry.bytes))
             pa.Table.from_pylist([row], schema=SCHEMA)

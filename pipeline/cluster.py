@@ -19,7 +19,7 @@ from tempfile import TemporaryFile
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 
-from ditflow.settings import SettingsError
+from ditflow.errors import SettingsError
 from pipeline.job import Pool
 
 ANSWERS_WITHIN_S = 15.0

@@ -10,7 +10,7 @@ import cv2
 import pyarrow as pa
 import torch
 
-from ditflow import video
+from ditflow.media import video
 
 
 def limit_threads(most: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from ditflow.settings import SettingsError
+from ditflow.errors import SettingsError
 from pipeline.record import check_row_id
 from pipeline.store import (
     Store,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from ditflow.losses import MOTION_LOSSES
+from ditflow.errors import SettingsError
+from ditflow.media.video import MAX_PIXELS_PER_FRAME, Deinterlacing
 from ditflow.metrics.base import MetricSettings
-from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings, SettingsError, settings_dict
-from ditflow.video import MAX_PIXELS_PER_FRAME, Deinterlacing
+from ditflow.parts import extraction_settings
+from ditflow.settings import ExecutionSettings, MethodSettings, MotionSettings, SamplingSettings, settings_dict
 from pipeline.faults import Policy
 from pipeline.logs import LogSettings
 from pipeline.manifest import RUN_KEY
@@ -45,9 +46,11 @@ class Model:
 class References:
     """Where reference videos are, and which frames of them are used, at which size.
 
-    uri: a file, a folder with `glob`, a pattern, or a list of these. fit: `crop` scales to cover and crops the
-    centre, so that motion keeps its direction; `stretch` changes the aspect ratio. deinterlace: `bwdif` makes one
-    frame of each interlaced one and leaves others as they are; `off` leaves both fields woven together.
+    uri: a file, a folder with `glob`, a pattern, or a list of these. masks: for the filters of `motion`, a folder of
+    masks, of which `walk.png` is that of `walk.mp4`, or one mask for all; see `ditflow.media.mask.read_mask`. fit:
+    `crop` scales to cover and crops the centre, so that motion keeps its direction; `stretch` changes the aspect ratio.
+    deinterlace: `bwdif` makes one frame of each interlaced one and leaves others as they are; `off` leaves both fields
+    woven together.
 
     A reference beyond a limit is a failed row, not a failed job; limits decide no row's id. max_bytes: of a file,
     looked up before it is fetched. max_pixels: of a coded frame, looked up before one is decoded. max_memory_bytes:
@@ -67,6 +70,7 @@ class References:
     max_bytes: int = 256 * 1024**2
     max_pixels: int = MAX_PIXELS_PER_FRAME
     max_memory_bytes: int = 512 * 1024**2
+    masks: str | None = None
 
     def __post_init__(self) -> None:
         least = {"frames": 2, "height": 8, "width": 8, "start": 0, "stride": 1, "max_bytes": 1, "max_pixels": 1}
@@ -250,8 +254,9 @@ class Job:
 
     method: in YAML, what it leaves out is the model's default; before that, for banks, what serves them best:
     `optimize: coordinates`, `preset: lasting`. methods: several methods to compare, by names of your own: every row is
-    made with each of them. They take from `method` what they leave out. tags: words of your own for the banks of a
-    `build-bank` job; they decide no row's id.
+    made with each of them. They take from `method` what they leave out. motion: where the motion target comes from, of
+    every method that does not say otherwise. tags: words of your own for the banks of a `build-bank` job; they decide
+    no row's id.
     log: json, text or off, with a level if it is not info: json:debug; see `pipeline.logs`.
     """
 
@@ -266,6 +271,7 @@ class Job:
     seeds: tuple[int, ...] = (0,)
     method: MethodSettings = field(default_factory=MethodSettings)
     methods: dict[str, MethodSettings] = field(default_factory=dict)
+    motion: MotionSettings = field(default_factory=MotionSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     metrics: MetricSettings = field(default_factory=MetricSettings)
     resources: Resources = field(default_factory=Resources)
@@ -286,7 +292,7 @@ class Job:
         if not self.seeds or not all(-(2**63) <= seed < 2**63 for seed in self.seeds):
             raise SettingsError("seeds", self.seeds, "one or more whole numbers of 64 bits")
 
-    ROW_FORMAT: ClassVar[int] = 1
+    ROW_FORMAT: ClassVar[int] = 2
     """Raised when the same settings come to mean other bytes in all rows; a loss has a revision of its own."""
 
     @cached_property
@@ -314,6 +320,8 @@ class Job:
         yield ("output", "uri"), self.output.uri
         yield from ((("references", "uri"), uri) for uri in self.references.uris)
         yield from ((("banks", "uri"), uri) for uri in self.banks.uris)
+        if self.references.masks is not None:
+            yield ("references", "masks"), self.references.masks
         for key in ("prompts", "pairing"):
             value = getattr(self, key)
             if isinstance(value, Table):
@@ -333,10 +341,9 @@ class Job:
 
     def row_settings(self) -> dict[str, Any]:
         """Every setting that decides a row's output, as JSON values."""
-        revision = self._loss_revision()
         return {
             "method": settings_dict(self.method),
-            **({"loss_revision": revision} if revision > 1 else {}),
+            "loss_revision": self._loss_revision(),
             "sampling": settings_dict(self.sampling),
             "video": None if self.kind == "reuse" else self._video_settings(),
             "fps": self.output.fps,
@@ -345,30 +352,26 @@ class Job:
             **({"size": self.banks.size and list(self.banks.size)} if self.kind == "reuse" else {}),
         }
 
-    def _loss_revision(self) -> int:
-        """Version of the motion loss that guides; 1 where none is evaluated, and what is extracted does not change."""
-        if self.method.loss is None or self.kind not in ("synthesize", "build-bank"):
-            return 1
-        return MOTION_LOSSES[self.method.loss].from_settings(self.method).revision
+    def _loss_revision(self) -> int | None:
+        """Version of the motion loss that guides; None where none is evaluated."""
+        if not self.method.has_loss or self.kind not in ("synthesize", "build-bank"):
+            return None
+        return self.method.make_loss().revision
 
     def _video_settings(self) -> dict[str, Any]:
         """Which frames of a reference are used; with `reuse` the bank, or `banks.size`, decides."""
-        keys = ["frames", "height", "width", "start", "stride", "fit"]
-        # Ids are older than the setting: it enters where it departs from its default.
-        keys += ["deinterlace"] if self.references.deinterlace != References.deinterlace else []
+        keys = ("frames", "height", "width", "start", "stride", "fit", "deinterlace")
         return {key: getattr(self.references, key) for key in keys}
 
     def extraction_settings(self) -> dict[str, Any]:
         """Every setting that decides what is extracted from a reference."""
-        settings = self.row_settings()
-        keys = ["blocks", "loss_entries", "loss_threshold", "reference_flow", "other_frames"]
-        keys += ["temperature"] if self.method.reference_flow == "soft" else []
-        method = {key: settings["method"][key] for key in keys}
+        method, loss = settings_dict(self.method), self.method.make_loss() if self.method.has_loss else None
         return {
-            "loss": self.method.loss,
+            "loss": loss and {self.method.name: extraction_settings(loss)},
+            "blocks": method["blocks"],
+            "motion": method["motion"],
             "latents": self.method.injects,
-            "method": method,
-            "video": settings["video"],
+            "video": self._video_settings(),
             "dtype": self.model.dtype,
         }
 

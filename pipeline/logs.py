@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from ditflow.settings import SettingsError
+from ditflow.errors import SettingsError
 from pipeline.store import redact
 
 VARIABLE = "DITFLOW_LOG"

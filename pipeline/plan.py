@@ -85,6 +85,8 @@ class WorkRow:
     variant: str = ""
     """Which of the job's methods makes it."""
     reference: Input | None = None
+    mask: Input | None = None
+    """Of the reference, for the filters of its motion."""
     bank: Input | None = None
     prompt: str | None = None
     category: str | None = None
@@ -104,14 +106,17 @@ class WorkRow:
     def from_json(cls, text: str) -> WorkRow:
         """Read what `to_json` wrote."""
         values = json.loads(text)
-        for name in ("reference", "bank"):
+        for name in ("reference", "mask", "bank"):
             values[name] = values[name] and Input(**values[name])
         return cls(**{**values, "own": OwnSettings(**values["own"]), "tags": tuple(values["tags"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """What a row is made of, beside the job's settings: a reference or bank, a prompt, a seed, and its own settings."""
+    """What a row is made of, beside the job's settings: a reference or bank, a prompt, a seed, and its own settings.
+
+    mask: of the reference; it counts only for methods that filter by one.
+    """
 
     source: Input | None
     prompt: str | None = None
@@ -119,6 +124,7 @@ class Combination:
     category: str | None = None
     own: OwnSettings = JOBS_OWN
     tags: tuple[str, ...] = ()
+    mask: Input | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +209,15 @@ class _Planner:
     def __init__(self, job: Job, variant: str, model_revision: str):
         self._job, self._variant = job.variants[variant], variant
         self._fixed = {"format": job.ROW_FORMAT, "model": model_revision}
+        self._uses_mask = _needs_mask(self._job)
         self._settings, self._extraction = cache(self._settings_id), cache(self._extraction_id)
 
     def row_id(self, made_of: Combination) -> str:
         identity = made_of.source and made_of.source.identity
         settings = self._settings(made_of.own)
-        return content_id(settings=settings, source=identity, prompt=made_of.prompt, seed=made_of.seed)
+        return content_id(
+            settings=settings, source=identity, prompt=made_of.prompt, seed=made_of.seed, **self._mask_identity(made_of)
+        )
 
     def work(self, row_id: str, made_of: Combination) -> WorkRow:
         reuses = self._job.kind == "reuse"
@@ -216,6 +225,7 @@ class _Planner:
             row_id,
             variant=self._variant,
             reference=None if reuses else made_of.source,
+            mask=made_of.mask if self._uses_mask else None,
             bank=made_of.source if reuses else None,
             prompt=made_of.prompt,
             category=made_of.category,
@@ -229,7 +239,10 @@ class _Planner:
         if not self._job.method.needs_reference:
             return None
         identity = made_of.source and made_of.source.identity
-        return content_id(settings=self._extraction(made_of.own), reference=identity)
+        return content_id(settings=self._extraction(made_of.own), reference=identity, **self._mask_identity(made_of))
+
+    def _mask_identity(self, made_of: Combination) -> dict[str, str]:
+        return {"mask": made_of.mask.identity} if self._uses_mask and made_of.mask is not None else {}
 
     def _settings_id(self, own: OwnSettings) -> str:
         return content_id(kind=self._job.kind, **self._fixed, **self._job.with_own(own).row_settings())
@@ -244,8 +257,9 @@ def _combinations(job: Job) -> Iterator[Combination]:
         yield from _paired_by_table(job, job.pairing)
         return
     sources: Sequence[Input | None] = _sources(job)
+    masks = _masks(job, sources)
     if job.kind == "extract":
-        yield from map(Combination, sources)
+        yield from (Combination(source, mask=masks.get(source)) for source in sources)
         return
     prompts = _prompts(job)
     if job.pairing == "zip" and len(sources) != len(prompts):
@@ -255,7 +269,7 @@ def _combinations(job: Job) -> Iterator[Combination]:
         )
     pairs = product(sources, prompts) if job.pairing == "product" else zip(sources, prompts, strict=True)
     for source, (prompt, category) in pairs:
-        yield from (Combination(source, prompt, seed, category) for seed in job.seeds)
+        yield from (Combination(source, prompt, seed, category, mask=masks.get(source)) for seed in job.seeds)
 
 
 def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
@@ -266,9 +280,55 @@ def _paired_by_table(job: Job, table: Table) -> Iterator[Combination]:
     uris = _bank_uris(job, names) if reuses else {name: _absolute(folders, name) for name in names}
     addresses = list(dict.fromkeys(uris.values()))
     inputs = dict(zip(addresses, _hashed(job, addresses), strict=True))
+    masks = _masks(job, list(inputs.values()), [pair.mask for pair in pairs])
     for pair in pairs:
         seeds, source = job.seeds if pair.seed is None else (pair.seed,), inputs[uris[pair.source]]
-        yield from (Combination(source, pair.prompt, seed, pair.category, pair.own, pair.tags) for seed in seeds)
+        mask = masks.get(pair.mask or source)
+        yield from (Combination(source, pair.prompt, seed, pair.category, pair.own, pair.tags, mask) for seed in seeds)
+
+
+def _needs_mask(job: Job) -> bool:
+    """Whether any method of a job filters motion by a mask."""
+    motions = [variant.method.motion or variant.motion for variant in job.variants.values()]
+    return job.kind != "reuse" and any(motion.needs_mask for motion in motions)
+
+
+def _masks(
+    job: Job, sources: Sequence[Input | None], named: Sequence[str | None] = ()
+) -> dict[Input | str | None, Input]:
+    """The mask of every reference that has one, and of every name of a mask in a table of pairs.
+
+    A reference without a mask that needs one is a failed row.
+    """
+    folder, names = job.references.masks, [*dict.fromkeys(filter(None, named))]
+    if not _needs_mask(job):
+        if folder is not None or names:
+            key = "references.masks" if folder is not None else "pairing: the column mask"
+            raise PlanError(f"{key}: no filter reads a mask. Add motion: {{filters: [mask]}}, or leave it out.")
+        return {}
+    if folder is None and not names:
+        raise PlanError("references.masks: nothing is given, and a filter of motion needs masks: name a folder of them")
+    folders = job.references.uris if folder is None else [folder]
+    addresses: dict[Input | str | None, str] = {name: _absolute(folders, name) for name in names}
+    if folder is not None:
+        addresses.update(_masks_in(folder, job, [source for source in sources if source is not None]))
+    inputs = _hashed(job, distinct := [*dict.fromkeys(addresses.values())])
+    of_address = dict(zip(distinct, inputs, strict=True))
+    return {name: of_address[address] for name, address in addresses.items()}
+
+
+def _masks_in(folder: str, job: Job, references: Sequence[Input]) -> dict[Input | str | None, str]:
+    """Addresses of the masks in a folder by the references that have the same name; of a single file, for all."""
+    uris = list_uris(folder, "*", job.storage_options)
+    if uris == [absolute_uri(folder)]:
+        return dict.fromkeys(references, uris[0])
+    stems = [PurePosixPath(public_uri(uri)).stem for uri in uris]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise PlanError(f"references.masks: {folder} has more than one mask named {twice[0]!r:.200}. Remove one.")
+    by_stem = dict(zip(stems, uris, strict=True))
+    named = {reference: PurePosixPath(reference.uri).stem for reference in references}
+    return {reference: by_stem[stem] for reference, stem in named.items() if stem in by_stem}
 
 
 def _absolute(folders: Sequence[str], name: str) -> str:

@@ -101,6 +101,10 @@ COLUMNS: tuple[Column, ...] = (
     Column("noise_losses", pa.list_(_LOSS), "", "motion loss of each initial noise tried; the smallest one's was used"),
     Column("prompt_tokens", _SMALL, "tokens", "length of the prompt as the text encoder counts it"),
     Column("prompt_cut", pa.bool_(), "", "whether the prompt was longer than what the text encoder reads, and was cut"),
+    Column("motion_source", _TEXT, "JSON", "where the motion target comes from, with its settings"),
+    Column("motion_filters", _TEXT, "JSON", "what was done to the motion target, in turn"),
+    Column("mask_uri", _TEXT, "", "the reference's mask, if a filter read one"),
+    Column("mask_sha256", _TEXT, "hex", "hash of the mask's bytes"),
 )
 PHASES = ("read", "extract", "learn", "guidance", "denoise", "decode", "encode", "write")
 """What a row's time is spent on, in this order: each has a column `seconds_<phase>`."""
@@ -115,7 +119,7 @@ _NEEDED = {
     "failed": ("error_kind", "error_class", "error_message"),
     "quarantined": ("error_kind", "error_class", "error_message"),
 }
-_REDACTED = ("error_message", "reference_uri", "output_uri", "amf_uri", "bank_uri")
+_REDACTED = ("error_message", "reference_uri", "mask_uri", "output_uri", "amf_uri", "bank_uri")
 
 
 def make_row(**values: Any) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def recorded_settings(row: Mapping[str, Any]) -> dict[str, Any]:
     A record may have been changed by hand or by another program. Settings that cannot be read are empty, and
     `unreadable` says why.
     """
-    from ditflow.video import is_selection  # which loads torch, as a quick look at a manifest need not
+    from ditflow.media.video import is_selection  # which loads torch, as a quick look at a manifest need not
 
     empty: dict[str, Any] = {"method": {}, "video": None}
     if row["spec_json"] is None:

@@ -32,8 +32,9 @@ class Pair:
     same way, or the id of a bank. prompt: what the video shows.
     seed: if it varies. category: the prompt's class. start, stop, step: the reference's frames start, start + step,
     ... below stop, as in Python's range; as many of them as the job's videos are long. learn_with: see
-    `MethodSettings`. tags: more tags of the bank that is made, with ";" between them. A column may be missing, and a
-    value may be empty, where the job says the same for all rows.
+    `MethodSettings`. mask: the file of the reference's mask, relative to `references.masks`. tags: more tags of the
+    bank that is made, with ";" between them. A column may be missing, and a value may be empty, where the job says the
+    same for all rows.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Pair:
     category: str | None = None
     own: OwnSettings = JOBS_OWN
     tags: tuple[str, ...] = ()
+    mask: str | None = None
 
 
 _FILE = ("the name of a file", lambda value: isinstance(value, str) and value != "")
@@ -75,6 +77,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "stop": _whole(1),
     "step": _whole(1),
     "learn_with": _TEXT_OR_NONE,
+    "mask": _TEXT_OR_NONE,
     "tags": (f"{TAGS}, with ';' between them", lambda value: value is None or _are_tags(value)),
 }
 
@@ -109,7 +112,8 @@ def _pair(job: Job, row: Mapping[str, Any], checks: Mapping[str, Any], where: st
     }
     _check_frames(job, numbers, where)
     own = OwnSettings(numbers["start"], numbers["step"], row.get("learn_with") or None)
-    return Pair(source, prompt, numbers["seed"], row.get("category") or None, own, _tags(row.get("tags")))
+    category, mask = row.get("category") or None, row.get("mask") or None
+    return Pair(source, prompt, numbers["seed"], category, own, _tags(row.get("tags")), mask)
 
 
 def _check_frames(job: Job, numbers: Mapping[str, int | None], where: str) -> None:
@@ -148,7 +152,7 @@ def read_prompts(job: Job, table: Table) -> list[tuple[str, str | None]]:
     return prompts
 
 
-_TEXTS = {"reference", "bank", "category", "learn_with", "tags"}
+_TEXTS = {"reference", "bank", "category", "learn_with", "mask", "tags"}
 """Columns that hold texts, whatever these look like: 0001, true and 2024-01-01 are names and prompts too."""
 _NUMBERS = {"seed", "start", "stop", "step"}
 

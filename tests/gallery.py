@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ditflow.reference import MotionReference
+from ditflow.media.video import encode_video
+from ditflow.motion.reference import MotionReference
 from ditflow.types import TokenGrid
-from ditflow.video import encode_video
 from pipeline.job import Job, Output, content_id
 from pipeline.manifest import Manifest, parquet_bytes
 from pipeline.record import make_row, rows_to_table

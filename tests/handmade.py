@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ditflow.bank import BankHeader, MotionBank
+from ditflow.banks.bank import BankHeader, MotionBank
 
 GRID, SIZE = (3, 2, 2), (9, 16, 16)
 

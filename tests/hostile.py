@@ -21,7 +21,7 @@ import av
 import numpy as np
 import yaml
 
-from ditflow.video import (
+from ditflow.media.video import (
     CorruptVideoError,
     OversizedVideoError,
     TooShortVideoError,
@@ -284,7 +284,7 @@ CORPUS: dict[str, Hostile] = {
     "too short for its header.mp4": Hostile(
         lambda: overwritten(mp4(), b"stts", 4, u32(1, 1 << 31, 1024)),
         TooShortVideoError,
-        "promises 2147483648",
+        "header states 2147483648",
         ask={"frames": 99},
     ),
     "index of millions.mp4": Hostile(_index_of_millions, _NONE, "not one frame of it can be decoded"),

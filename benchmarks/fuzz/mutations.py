@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ditflow.artifact import sealed
+from ditflow.artifact import update_hashes
 from jobs.yaml12 import Dumper, Loader
 from pipeline.manifest import parquet_bytes
 from pipeline.record import VERSION_KEY
@@ -206,17 +206,17 @@ def artifact_structure(data: bytes, rng: random.Random) -> bytes:
         text = json.dumps(header).encode()
     except (ValueError, TypeError, KeyError, RecursionError):
         return flip_bits(data, rng)
-    return _mostly_sealed(len(text).to_bytes(8, "little") + text + data[8 + length :], rng)
+    return _mostly_rehashed(len(text).to_bytes(8, "little") + text + data[8 + length :], rng)
 
 
-def _mostly_sealed(data: bytes, rng: random.Random) -> bytes:
+def _mostly_rehashed(data: bytes, rng: random.Random) -> bytes:
     """With the hashes of what it is now: nothing gets past a wrong one."""
-    return sealed(data) if rng.random() < 0.8 else data
+    return update_hashes(data) if rng.random() < 0.8 else data
 
 
 def artifact_values(data: bytes, rng: random.Random) -> bytes:
     """Bits of the tensors, or of anything else, with the hashes that they have then."""
-    return _mostly_sealed(flip_bits(data, rng), rng)
+    return _mostly_rehashed(flip_bits(data, rng), rng)
 
 
 _TYPES = (b"F64", b"F32", b"F16", b"BF16", b"I64", b"BOOL", b"F8_E4M3", b"F8_E8M0", b"F4", b"C64", b"U64", b"X")
@@ -225,7 +225,7 @@ _TYPES = (b"F64", b"F32", b"F16", b"BF16", b"I64", b"BOOL", b"F8_E4M3", b"F8_E8M
 def artifact_types(data: bytes, rng: random.Random) -> bytes:
     """A tensor of another type, its length as it was."""
     mutated = data.replace(b'"F32"', (b'"' + rng.choice(_TYPES) + b'"').ljust(5), rng.randint(1, 9))
-    return _mostly_sealed(mutated, rng)
+    return _mostly_rehashed(mutated, rng)
 
 
 # ----------------------------------------------------------------------------------------------------- Parquet

@@ -40,12 +40,12 @@ from ditflow import backbones
 from ditflow.artifact import ArtifactError
 from ditflow.backbones import ModelConfigError, ModelNotFoundError
 from ditflow.backbones.revision import folder_revision
-from ditflow.bank import BankHeader, MotionBank
+from ditflow.banks.bank import BankHeader, MotionBank
+from ditflow.media.video import VideoError, read_video
 from ditflow.metrics.base import MetricSettings
 from ditflow.mini import mini_folder
-from ditflow.reference import MotionReference
+from ditflow.motion.reference import MotionReference
 from ditflow.types import TokenGrid
-from ditflow.video import VideoError, read_video
 from jobs.spec import PRESETS, SpecError, load_spec
 from jobs.status import show_status
 from jobs.table import Screen, print_rows
@@ -230,7 +230,7 @@ def file_of_output(key: str) -> Callable[[], list[bytes]]:
     return lambda: [sound_output()[key][0]]
 
 
-def look_at(store: Store) -> None:
+def detect_sprite(store: Store) -> None:
     """Plan, and show the status, as text and as JSON."""
     make_plan(a_job(store), REVISION)
     with redirect_stdout(StringIO()) as out:
@@ -240,7 +240,7 @@ def look_at(store: Store) -> None:
 
 def read_digest(data: bytes) -> None:
     store = an_output(**{DIGEST_KEY: data})
-    look_at(store)
+    detect_sprite(store)
     Manifest(store).remember()
 
 
@@ -249,12 +249,12 @@ def read_inputs(data: bytes) -> None:
 
 
 def read_run(data: bytes) -> None:
-    look_at(an_output(**{RUN_KEY: data}))
+    detect_sprite(an_output(**{RUN_KEY: data}))
 
 
 def read_lease(data: bytes) -> None:
     store = an_output(**{LEASE_KEY: data})
-    look_at(store)
+    detect_sprite(store)
     with Lease(store, on_wait=lambda holder: print(holder, file=StringIO()), sleep=lambda seconds: None) as lease:
         lease.check()
 
@@ -265,7 +265,7 @@ def read_attempts(data: bytes) -> None:
     assert ledger.begin(WORK_ID, {}) == 2
     ledger.noted(WORK_ID)
     store.delete(TRY_KEY.replace("001", "002"))
-    look_at(store)
+    detect_sprite(store)
     whereabouts(store, [WORK_ID])
     longest_at_work(store, time.time())
 
@@ -279,7 +279,7 @@ def read_record(data: bytes) -> None:
     manifest = Manifest(store)
     manifest.verify()
     manifest.get(RECORD_ID)
-    look_at(store)
+    detect_sprite(store)
     with redirect_stdout(StringIO()):
         print_rows(COLUMN_NAMES, manifest.read().to_pylist())
     write_report(a_job(store), references=False)

@@ -1,19 +1,18 @@
 """CogVideoX 2B, 5B and 1.5 (and any diffusers folder of their classes).
 
-The model's own forward pass runs untouched. Three things are put around it for the length of one pass: our attention
-processor on every block, our position embedding in place of the one that the patch embedding would add (2B), and
-a checkpointing function that leaves the captured blocks alone. All are taken away again, whatever happens.
+Text and video tokens attend jointly, text first. 5B and 1.5 have a rotary embedding and the DPM solver, 2B has DDIM and
+a sin-cos embedding that the patch embedding adds. All predict v.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,27 +21,20 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ditflow.backbones.base import Geometry, TextLimit
-from ditflow.backbones.config import FLAG, ModelConfigError, count, count_or_nothing, is_count, read_config
-from ditflow.backbones.positions import MovableAdditive, MovablePosition, MovableRotary
-from ditflow.settings import ExecutionSettings, ModelDefaults, SettingsError
-from ditflow.types import (
-    Capture,
-    CaptureKind,
-    Features,
-    KeysValues,
-    PositionEmbedding,
-    QueriesKeys,
-    TokenGrid,
-    check_finite,
-)
+from ditflow.backbones.config import FLAG, ModelConfigError, count, is_count, optional_count, read_config
+from ditflow.backbones.contract import ConstantGuider, Guider, NoiseLevel, PositionScheme, TextLimit
+from ditflow.backbones.hooked import HookedBackbone, PassHooks, project
+from ditflow.backbones.positions import AdditivePositions, RotaryPositions, Sinusoids
+from ditflow.errors import SettingsError
+from ditflow.layout import LatentLayout
+from ditflow.settings import ExecutionSettings, ModelDefaults, ResolvedSampling
+from ditflow.types import TokenGrid, check_finite
 
 PIPELINES = ("CogVideoXPipeline",)
-"""Pipeline classes of model folders that this file can run."""
+"""Pipeline classes that this module supports."""
 
 _RELEASED = {
     # (layers, rotary): CogVideoX-2B and CogVideoX-5B, guidance blocks of the paper's appendix
@@ -51,17 +43,17 @@ _RELEASED = {
 }
 _TRANSFORMER = {
     "num_layers": count(1000),
-    "num_attention_heads": count_or_nothing(1024),
-    "attention_head_dim": count_or_nothing(1024),
+    "num_attention_heads": optional_count(1024),
+    "attention_head_dim": optional_count(1024),
     "in_channels": count(4096),
     "patch_size": count(64),
-    "patch_size_t": count_or_nothing(64),
+    "patch_size_t": optional_count(64),
     "sample_frames": count(10_000),
     "sample_height": count(10_000),
     "sample_width": count(10_000),
-    "text_embed_dim": count_or_nothing(65_536),
-    "time_embed_dim": count_or_nothing(65_536),
-    "max_text_seq_length": count_or_nothing(100_000),
+    "text_embed_dim": optional_count(65_536),
+    "time_embed_dim": optional_count(65_536),
+    "max_text_seq_length": optional_count(100_000),
     "use_rotary_positional_embeddings": FLAG,
 }
 _VAE = {
@@ -69,11 +61,11 @@ _VAE = {
         "1 to 8 whole numbers from 1 to 8192",
         lambda value: isinstance(value, list) and 1 <= len(value) <= 8 and all(is_count(one, 8192) for one in value),
     ),
-    "layers_per_block": count_or_nothing(16),
-    "latent_channels": count_or_nothing(4096),
+    "layers_per_block": optional_count(16),
+    "latent_channels": optional_count(4096),
     "temporal_compression_ratio": count(64),
-    "sample_height": count_or_nothing(65_536),
-    "sample_width": count_or_nothing(65_536),
+    "sample_height": optional_count(65_536),
+    "sample_width": optional_count(65_536),
 }
 _TEXT_ENCODER = {
     "num_layers": count(1000),
@@ -89,17 +81,15 @@ _TOKENIZER = {
         lambda value: value in (None, 0) or is_count(value, 10_000),
     )
 }
-_SCHEDULER = {"num_train_timesteps": count_or_nothing(100_000)}
-"""What is used of the parts' configurations, or decides how much memory they take."""
-_MOST_TEXT_TOKENS = 226  # where a configuration leaves it to diffusers' default
-# What one block keeps for its backward pass, in tensors of tokens x D: 12.1 as measured by `make bench`, and some room.
-_ACTIVATIONS_PER_BLOCK = 14
+_SCHEDULER = {"num_train_timesteps": optional_count(100_000)}
+"""Values of the parts' configurations that are used, or determine their memory."""
+_MAX_TEXT_TOKENS = 226  # diffusers' default, for configurations without it
 # Peak bytes of the VAE's decoder per pixel of a frame while it decodes eight frames at once, in 16 bits.
 _DECODER_BYTES_PER_PIXEL = 64 * 1024
 
 
 def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """Return the precision the model was released in (2B: float16, 5B: bfloat16), and float32 on a CPU."""
+    """Return the precision of the release (2B: float16, 5B: bfloat16), and float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32
     config = _read_transformer(folder)
@@ -109,20 +99,20 @@ def release_dtype(folder: Path, device: torch.device) -> torch.dtype:
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device, **identity: Any) -> CogVideoX:
     """Load a diffusers folder; `identity` goes to `CogVideoX`."""
     _check_parts(folder)
-    # One bar for each of five parts, gone before it can be read.
+    # One bar for each of five parts, each finished at once.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipeline = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return CogVideoX(pipeline.to(device), **identity)
 
 
-def read_geometry(folder: Path, name: str, defaults: Mapping[str, Any]) -> Geometry:
-    """Read a diffusers folder's geometry from its configurations alone.
+def describe(folder: Path, name: str, own_defaults: Mapping[str, Any]) -> tuple[LatentLayout, ModelDefaults]:
+    """Read a diffusers folder's layout and defaults from its configurations alone.
 
-    Raises ModelConfigError for configurations that are not of a model of this family.
+    Raises ModelConfigError for configurations of other families.
     """
-    vae = read_config(folder / "vae" / "config.json", _VAE)
-    return geometry_of(name, _read_transformer(folder), vae, defaults)
+    transformer, vae = _read_transformer(folder), read_config(folder / "vae" / "config.json", _VAE)
+    return layout_of(name, transformer, vae), _defaults_of(transformer, own_defaults)
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -139,8 +129,8 @@ def _read_transformer(folder: Path) -> dict[str, Any]:
 def _check_parts(folder: Path) -> None:
     """Raise ModelConfigError for parts that must not be built.
 
-    A part larger than its weights would be allocated before the weights are read. A scheduler configuration that is a
-    JSON string would be taken by diffusers for the name of a model, and requested from the hub.
+    A part larger than its weights would be allocated before the weights are read. Diffusers would take a scheduler
+    configuration that is a JSON string for the name of a model, and request it from the hub.
     """
     read_config(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
     read_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
@@ -151,44 +141,43 @@ def _check_parts(folder: Path) -> None:
     weights = sum(part.stat().st_size for part in file.parent.glob("*.safetensors"))
     if 12 * layers * width**2 > weights:  # attention and feed-forward alone, at a byte each
         raise ModelConfigError(
-            f"{file}: {layers} layers of width {width} need more than the {weights} bytes of *.safetensors beside it. "
-            "Is the download complete?"
+            f"{file}: {layers} layers of width {width} need more than the {weights} bytes of *.safetensors next to it. "
+            "Is the download complete?",
+            code="model-weights-incomplete",
         )
 
 
 def read_text_limit(folder: Path) -> TextLimit:
-    """Read how long a prompt of a diffusers folder may be; the weights are left alone."""
+    """Read the prompt length limit of a diffusers folder, without its weights."""
     _check_tokenizer(folder)
-    limit = _read_transformer(folder).get("max_text_seq_length") or _MOST_TEXT_TOKENS
+    limit = _read_transformer(folder).get("max_text_seq_length") or _MAX_TEXT_TOKENS
     return TextLimit(limit, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
-def geometry_of(
-    name: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> Geometry:
-    """Return the geometry that two diffusers configurations describe."""
-    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    rotary, layers = bool(transformer["use_rotary_positional_embeddings"]), transformer["num_layers"]
-    half_depth = ModelDefaults(blocks=(layers // 2,), dynamic_guidance_scale=rotary)
-    return Geometry(
+def layout_of(name: str, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentLayout:
+    """Return the layout of two diffusers configurations."""
+    spatial, temporal = 2 ** (len(vae["block_out_channels"]) - 1), int(vae["temporal_compression_ratio"])
+    patch = transformer["patch_size"]
+    sides = (transformer["sample_height"] * spatial, transformer["sample_width"] * spatial)
+    return LatentLayout(
         name=name,
-        blocks=layers,
+        blocks=transformer["num_layers"],
         channels=transformer["in_channels"],
-        spatial=spatial,
-        temporal=int(vae["temporal_compression_ratio"]),
-        patch=transformer["patch_size"],
-        temporal_patch=transformer.get("patch_size_t") or 1,
-        sample_size=(
-            transformer["sample_frames"],
-            transformer["sample_height"] * spatial,
-            transformer["sample_width"] * spatial,
-        ),
-        defaults=replace(_RELEASED.get((layers, rotary), half_depth), **defaults),
+        compression=(temporal, spatial),
+        patch=(transformer.get("patch_size_t") or 1, patch, patch),
+        trained_size=(transformer["sample_frames"], *sides),
+        also_multiples_of=2 * temporal,
     )
 
 
-class CogVideoX:
-    """A CogVideoX model as a `Backbone`: frozen, in evaluation mode, with nothing of ours left in it between passes."""
+def _defaults_of(transformer: Mapping[str, Any], own: Mapping[str, Any]) -> ModelDefaults:
+    rotary, layers = bool(transformer["use_rotary_positional_embeddings"]), transformer["num_layers"]
+    half_depth = ModelDefaults(blocks=(layers // 2,), dynamic_guidance_scale=rotary)
+    return replace(_RELEASED.get((layers, rotary), half_depth), **own)
+
+
+class CogVideoX(HookedBackbone):
+    """CogVideoX as a `Backbone`: frozen, in evaluation mode."""
 
     def __init__(
         self,
@@ -203,68 +192,22 @@ class CogVideoX:
         self.pipeline, self.transformer, self.vae = pipeline, pipeline.transformer, pipeline.vae
         for module in (self.transformer, self.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
+        config = self.transformer.config
         self.device, self.dtype = self.transformer.device, self.transformer.dtype
-        self._rotary = bool(self.transformer.config.use_rotary_positional_embeddings)
-        self.geometry = geometry_of(name, self.transformer.config, self.vae.config, defaults or {})
-        self.defaults = self.geometry.defaults
-        self.text_limit = TextLimit(self.transformer.config.max_text_seq_length, pipeline.tokenizer)
-        self._latest_position: tuple[TokenGrid, PositionEmbedding] | None = None
-        self.execution: ExecutionSettings
+        self.layout = layout_of(name, config, self.vae.config)
+        self.defaults = _defaults_of(config, defaults or {})
+        self.text_tokens = config.max_text_seq_length
+        self.text_limit = TextLimit(self.text_tokens, pipeline.tokenizer)
+        self._rotary = bool(config.use_rotary_positional_embeddings)
+        self._latest_rotation: tuple[TokenGrid, tuple[Tensor, Tensor]] | None = None
         self.set_execution(execution or ExecutionSettings())
 
-    # ------------------------------------------------------------------ geometry
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Shape [1, F, C, height, width] of a clip's latents; SettingsError for a size the model cannot do."""
-        return self.geometry.latent_shape(frames, height, width)
-
-    def grid(self, latents: Tensor) -> TokenGrid:
-        """Return the token grid that these latents fill."""
-        return self.geometry.grid(latents.shape)
-
-    def default_position(self, grid: TokenGrid) -> PositionEmbedding:
-        """Rotary cos and sin for queries and for keys [S, d], or the additive embedding of the video tokens [S, D].
-
-        That of the latest grid is kept, because every pass asks for it, and copied.
-        """
-        if self._latest_position is None or self._latest_position[0] != grid:
-            self._latest_position = (grid, self._position_of(grid))
-        return {part: value.clone() for part, value in self._latest_position[1].items()}
-
-    def _position_of(self, grid: TokenGrid) -> PositionEmbedding:
-        if self._rotary:
-            cos, sin = (part.float() for part in self._rotary_embedding(grid))
-            return {"query_cos": cos, "query_sin": sin, "key_cos": cos.clone(), "key_sin": sin.clone()}
-        embed = self.transformer.patch_embed
-        latent_size = (grid.height * self.geometry.patch, grid.width * self.geometry.patch)
-        pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
-        joint = embed._get_positional_embeddings(*latent_size, pixel_frames, device=self.device)
-        return {"additive": joint[0, embed.max_text_seq_length :].float()}
-
-    def movable_position(self, grid: TokenGrid) -> MovablePosition:
-        """Return the position embedding as a function of how far tokens are moved; SettingsError if it is learned."""
-        movable = MovableRotary if self._rotary else MovableAdditive
-        return movable(self.default_position(grid), grid)
-
-    def _rotary_embedding(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-        """Cos and sin of the video tokens' rotation, [S, d]."""
-        size, config = (grid.height, grid.width), self.transformer.config
-        if config.patch_size_t is not None:
-            # 1.5 counts patches from the corner. The pipeline's own method cuts these from those of the trained size,
-            # and fails where a side is longer, as in a portrait.
-            return get_3d_rotary_pos_embed(
-                config.attention_head_dim, None, size, grid.frames, grid_type="slice", max_size=size, device=self.device
-            )
-        height, width = (side * self.geometry.patch * self.geometry.spatial for side in size)
-        # The pipeline's own method: how 1.0 fits a grid into the trained one is its business.
-        return self.pipeline._prepare_rotary_positional_embeddings(height, width, grid.frames, self.device)
-
-    # ------------------------------------------------------------------ pixels and words
+    # ------------------------------------------------------------------ pixels and prompts
 
     @torch.no_grad()
     def encode_video(self, video: np.ndarray) -> Tensor:
-        """Scaled mean latents [1, F, C, h, w] fp32 of a uint8 video [T, H, W, 3] (the mean, not a sample)."""
-        shape = self.latent_shape(*video.shape[:3])
+        """Return the scaled latents [1, F, C, h, w] fp32 of a uint8 video [T, H, W, 3]: the mean, not a sample."""
+        shape = self.layout.latent_shape(*video.shape[:3])
         pixels = torch.from_numpy(video).to(self.device, torch.float32).div(127.5).sub(1)
         moments = self.vae.encode(pixels.permute(3, 0, 1, 2)[None].to(self.vae.dtype)).latent_dist
         latents = (moments.mode().float() * self.vae.config.scaling_factor).permute(0, 2, 1, 3, 4)
@@ -275,117 +218,110 @@ class CogVideoX:
     def decode_latents(self, latents: Tensor, frames: int) -> np.ndarray:
         """Decode to uint8 [T, H, W, 3].
 
-        The last `frames` frames count: padding for a temporal patch stands in front, and the VAE's decoder gives
-        the first latent four frames instead of one when the number of latent frames is even. Raises NonFiniteError if
-        the decoder overflowed.
+        The last `frames` frames are kept: the padding of a temporal patch comes first, and the VAE decodes the first
+        latent frame to four frames instead of one if the number of latent frames is even.
         """
-        wanted = -(-frames // self.geometry.temporal)
-        scaled = latents[:, latents.shape[1] - wanted :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
+        latent_frames = -(-frames // self.layout.compression[0])
+        scaled = latents[:, latents.shape[1] - latent_frames :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
         video = self.vae.decode(scaled.to(self.vae.dtype)).sample[0].float()
         check_finite("the decoded video", video)
         pixels = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 3, 0)[-frames:].cpu().numpy()
 
+    def decoder_peak_bytes(self) -> int:
+        """Return the peak memory of the VAE's decoder for the trained size."""
+        _, height, width = self.layout.trained_size
+        return height * width * _DECODER_BYTES_PER_PIXEL
+
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text dim] in the model's precision. Tokens beyond `text_limit` are cut."""
+    def condition(self, prompt: str) -> Tensor:
+        """Return text embeddings [1, L, text dim] in the model's precision."""
         embeds, _ = self.pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_limit.tokens, device=self.device
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device=self.device
         )
         return embeds.to(self.dtype)
 
-    def solver(self, steps: int) -> _Solver:
-        """Return a fresh solver for a run of `steps`."""
-        return _Solver(self.pipeline.scheduler, steps, self.device)
+    # ------------------------------------------------------------------ sampling
 
-    # ------------------------------------------------------------------ passes through the transformer
+    def schedule(self, steps: int, grid: TokenGrid) -> DiscreteSchedule:
+        """Return a new schedule."""
+        return DiscreteSchedule(self.pipeline.scheduler, steps, self.device)
 
-    def predict(
-        self,
-        latents: Tensor,
-        timestep: int,
-        embeds: Sequence[Tensor],
-        position: PositionEmbedding,
-        injected: KeysValues | None = None,
-    ) -> list[Tensor]:
-        """v-prediction for each text embedding, fp32: in one batch or one after the other, as execution says.
+    def guider(self, sampling: ResolvedSampling) -> Guider:
+        """Return constant or, for 5B, dynamic guidance."""
+        if sampling.dynamic_guidance_scale and sampling.guidance_scale != 1:
+            return DynamicGuider(sampling.guidance_scale, sampling.steps)
+        return ConstantGuider(sampling.guidance_scale)
 
-        Differentiable in the latents and the position, where gradients are enabled.
+    # ------------------------------------------------------------------ positions
+
+    def positions(self, grid: TokenGrid) -> PositionScheme:
+        """Return rotary or additive positions.
+
+        Channels: a quarter for t, then three eighths each for y and x (additive: x and y).
         """
-        batches = list(embeds) if self.execution.cfg == "serial" else [torch.cat(list(embeds))]
-        hooks = _PassHooks(position, injected=injected)
-        predictions = [self._forward(hooks, latents, timestep, batch) for batch in batches]
-        return list(torch.cat(predictions).float().split(1))
-
-    def capture(
-        self,
-        latents: Tensor,
-        timestep: int,
-        embeds: Tensor,
-        blocks: Sequence[int],
-        position: PositionEmbedding,
-        injected: KeysValues | None = None,
-        captures: CaptureKind = "queries_keys",
-    ) -> dict[int, Any]:
-        """Queries and keys, or features, of `blocks`, differentiable in the latents and the position.
-
-        The pass ends at the last block's queries and keys, or behind it.
-        """
-        self.geometry.check_blocks(blocks)
-        hooks = _PassHooks(position, injected=injected, capture=frozenset(blocks), captures=captures)
-        self._forward(hooks, latents, timestep, embeds)
-        return hooks.captured
-
-    @torch.no_grad()
-    def first_keys_values(self, latents: Tensor, timestep: int, embeds: Tensor) -> KeysValues:
-        """Block 0's keys and values of the video tokens: patch embedding, norm and two projections."""
-        hooks = _PassHooks(self.default_position(self.grid(latents)), stop_at_first_keys_values=True)
-        self._forward(hooks, latents, timestep, embeds)
-        assert hooks.keys_values is not None, "block 0 was not reached"
-        return hooks.keys_values
-
-    def _forward(self, hooks: _PassHooks, latents: Tensor, timestep: int, embeds: Tensor) -> Tensor:
-        """One pass; the output is empty when a hook stopped it."""
-        batch = embeds.shape[0]
-        with self._installed(hooks):
-            try:
-                return self.transformer(
-                    hidden_states=latents.to(self.dtype).expand(batch, -1, -1, -1, -1),
-                    encoder_hidden_states=embeds,
-                    timestep=torch.full((batch,), timestep, device=self.device),
-                    image_rotary_emb=hooks.position if self._rotary else None,
-                    return_dict=False,
-                )[0]
-            except _PassEnded:
-                return latents.new_empty(0)
-
-    @contextmanager
-    def _installed(self, hooks: _PassHooks) -> Iterator[None]:
-        """Put the hooks around the model's forward pass, and leave the model as it was."""
-        with ExitStack() as stack:
-            for index in range(len(self.transformer.transformer_blocks)):
-                stack.enter_context(self._hooked_block(index, hooks))
-            stack.enter_context(self._own_additive_position(hooks.position))
-            stack.enter_context(self._checkpointed(hooks))
-            yield
-
-    @contextmanager
-    def _hooked_block(self, index: int, hooks: _PassHooks) -> Iterator[None]:
-        """Let one block attend by our processor."""
-        block = self.transformer.transformer_blocks[index]
-        original = block.attn1.processor
-        block.attn1.set_processor(_BlockAttention(index, hooks, self.execution.attention_backend))
-        handle = block.register_forward_hook(partial(hooks.keep_features, index))
-        try:
-            yield
-        finally:
-            handle.remove()
-            block.attn1.set_processor(original)
-
-    @contextmanager
-    def _own_additive_position(self, position: PositionEmbedding) -> Iterator[None]:
-        """Add `position` to the video tokens in place of the model's own additive embedding."""
         if self._rotary:
+            cos, sin = self._rotation(grid)
+            t, yx = cos.shape[1] // 8, cos.shape[1] // 8 * 3 // 2
+            axes = ((0, t), (1, yx), (2, yx))
+            return RotaryPositions(cos, sin, lambda: Sinusoids.from_embedding(cos, sin, axes, grid))
+        embed, patch = self.transformer.patch_embed, self.layout.patch[1]
+        pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
+        joint = embed._get_positional_embeddings(
+            grid.height * patch, grid.width * patch, pixel_frames, device=self.device
+        )
+        embedding = joint[0, embed.max_text_seq_length :].float()
+        t, yx = embedding.shape[1] // 8, embedding.shape[1] // 8 * 3 // 2
+        axes = ((0, t), (2, yx), (1, yx))
+        widths = [count for _, count in axes for _ in ("sin", "cos")]
+        return AdditivePositions(embedding, widths, lambda cos, sin: Sinusoids.from_embedding(cos, sin, axes, grid))
+
+    def _rotation(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [S, d] of the model's own rotary embedding; those of the latest grid are cached."""
+        if self._latest_rotation is None or self._latest_rotation[0] != grid:
+            cos, sin = (part.float() for part in self._rotary_embedding(grid))
+            self._latest_rotation = (grid, (cos, sin))
+        return self._latest_rotation[1]
+
+    def _rotary_embedding(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        size, config = (grid.height, grid.width), self.transformer.config
+        if config.patch_size_t is not None:
+            # 1.5 counts patches from the corner. The pipeline's own method crops the embedding of the trained size,
+            # and fails if a side is longer, as in a portrait.
+            return get_3d_rotary_pos_embed(
+                config.attention_head_dim, None, size, grid.frames, grid_type="slice", max_size=size, device=self.device
+            )
+        height, width = (side * self.layout.patch[1] * self.layout.compression[1] for side in size)
+        # The pipeline's own method scales the grid of 1.0 to the trained one.
+        return self.pipeline._prepare_rotary_positional_embeddings(height, width, grid.frames, self.device)
+
+    # ------------------------------------------------------------------ passes
+
+    @property
+    def blocks(self) -> Any:
+        """Transformer blocks."""
+        return self.transformer.transformer_blocks
+
+    def processor(self, block: int, hooks: PassHooks) -> Any:
+        """Return the joint attention of a block."""
+        return _JointAttention(block, hooks, self.execution.attention_backend)
+
+    def forward(self, latents: Tensor, level: NoiseLevel, condition: Tensor, hooks: PassHooks | None) -> Tensor:
+        """Call the transformer."""
+        batch = len(condition)
+        return self.transformer(
+            hidden_states=latents.to(self.dtype).expand(batch, -1, -1, -1, -1),
+            encoder_hidden_states=condition,
+            timestep=torch.full((batch,), level.timestep, device=self.device),
+            image_rotary_emb=self._rotation(self.layout.grid(latents.shape)) if self._rotary else None,
+            return_dict=False,
+        )[0]
+
+    @contextmanager
+    def override_position(self, hooks: PassHooks) -> Iterator[None]:
+        """Add the hooks' position to the video tokens in place of the model's additive embedding (2B)."""
+        position = hooks.position
+        if self._rotary or position is None:
             yield
             return
         embed = self.transformer.patch_embed
@@ -403,149 +339,14 @@ class CogVideoX:
             embed.use_positional_embeddings = True
             handle.remove()
 
-    @contextmanager
-    def _checkpointed(self, hooks: _PassHooks) -> Iterator[None]:
-        """Recompute the activations of every block that is not captured, if this pass needs it."""
-        if not (torch.is_grad_enabled() and self._must_checkpoint(hooks)):
-            yield
-            return
-        index_of = {id(block): index for index, block in enumerate(self.transformer.transformer_blocks)}
 
-        def run(block: Any, *args: Any) -> Any:
-            index = index_of[id(block)]
-            if index in hooks.capture:
-                return block(*args)
+class _JointAttention:
+    """Diffusers' attention processor for joint attention of text and video, with hooks.
 
-            def hooked(*inputs: Any) -> Any:
-                # The backward pass comes when the model is back to normal, and must see the same attention.
-                with self._hooked_block(index, hooks):
-                    return block(*inputs)
-
-            return checkpoint(hooked, *args, use_reentrant=False)
-
-        self.transformer.enable_gradient_checkpointing(run)
-        try:
-            yield
-        finally:
-            self.transformer.disable_gradient_checkpointing()
-
-    # ------------------------------------------------------------------ memory
-
-    def _must_checkpoint(self, hooks: _PassHooks) -> bool:
-        """Decide `auto` at the first optimisation pass, and for good: the decision is recorded in `execution`."""
-        if self.execution.checkpointing == "auto":
-            decision: Literal["on", "off"] = "off" if self._activations_fit(hooks) else "on"
-            self.execution = replace(self.execution, checkpointing=decision)
-        return self.execution.checkpointing == "on"
-
-    def _activations_fit(self, hooks: _PassHooks) -> bool:
-        """Whether the activations of every block of the pass leave a fifth of the free memory alone."""
-        if self.device.type != "cuda":
-            return True
-        tokens = next(iter(hooks.position.values())).shape[0] + self.transformer.config.max_text_seq_length
-        inner = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
-        per_block = _ACTIVATIONS_PER_BLOCK * tokens * inner * self.dtype.itemsize
-        # A whole pass, where nothing is captured, is followed by a look at what it predicts, which is kept beside it.
-        blocks = max(hooks.capture) + 1 if hooks.capture else 2 * len(self.transformer.transformer_blocks)
-        return per_block * blocks < 0.8 * _free_memory(self.device)
-
-    def set_execution(self, asked: ExecutionSettings) -> None:
-        """Run from now on as asked; every `auto` but that of checkpointing is decided here, by the free memory."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        roomy = self.device.type != "cuda" or _free_memory(self.device) > self._decoder_bytes()
-        tiling = ("off" if roomy else "on") if asked.vae_tiling == "auto" else asked.vae_tiling
-        cfg = ("batched" if roomy else "serial") if asked.cfg == "auto" else asked.cfg
-        self.vae.enable_tiling() if tiling == "on" else self.vae.disable_tiling()
-        self.execution = replace(asked, vae_tiling=tiling, cfg=cfg)
-
-    def _decoder_bytes(self) -> int:
-        config = self.transformer.config
-        pixels = config.sample_height * config.sample_width * self.geometry.spatial**2
-        return pixels * _DECODER_BYTES_PER_PIXEL
-
-
-class _Solver:
-    """A copy of the model's noise scheduler, with DPM's memory of the previous step."""
-
-    def __init__(self, scheduler: Any, steps: int, device: torch.device):
-        self._scheduler = copy.deepcopy(scheduler)
-        self._scheduler.set_timesteps(steps, device=device)
-        self.timesteps: Tensor = self._scheduler.timesteps
-        self.training_timesteps: int = self._scheduler.config.num_train_timesteps
-        self._previous_sample: Tensor | None = None
-
-    def step(self, prediction: Tensor, step: int, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latents of the next step."""
-        timestep = self.timesteps[step]
-        if not isinstance(self._scheduler, CogVideoXDPMScheduler):
-            return self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        previous_timestep = self.timesteps[step - 1] if step > 0 else None
-        latents, self._previous_sample = self._scheduler.step(
-            prediction,
-            self._previous_sample,
-            timestep,
-            previous_timestep,
-            latents,
-            generator=generator,
-            return_dict=False,
-        )
-        return latents
-
-    def clean(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
-        """Return the clean latents that a v-prediction for noised ones speaks of; SettingsError for other models."""
-        if (kind := self._scheduler.config.prediction_type) != "v_prediction":
-            raise SettingsError("measured", "prediction", f"pass: this model predicts {kind}, not v_prediction")
-        kept = self._scheduler.alphas_cumprod[timestep].item()
-        return kept**0.5 * latents - (1 - kept) ** 0.5 * prediction
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """Return clean latents noised to a timestep."""
-        return self._scheduler.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
-
-
-class _PassEnded(Exception):
-    """All that this pass was for has been computed."""
-
-
-@dataclass
-class _PassHooks:
-    """What one pass changes in the attention, and what it hands out."""
-
-    position: PositionEmbedding
-    injected: KeysValues | None = None
-    capture: frozenset[int] = frozenset()
-    captures: CaptureKind = "queries_keys"
-    stop_at_first_keys_values: bool = False
-    captured: dict[int, Capture] = field(default_factory=dict)
-    keys_values: KeysValues | None = None
-
-    def keep_queries_keys(self, block: int, query: Tensor, key: Tensor) -> None:
-        """Keep the video tokens' queries and keys [B, S, H, d] of a captured block."""
-        if self.captures == "queries_keys" and block in self.capture:
-            heads = query.shape[2]
-            self._keep(block, QueriesKeys(query[0].flatten(1), key[0].flatten(1), heads))
-
-    def keep_features(self, block: int, module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        """Keep the video tokens [B, S, D] that a captured block puts out: a forward hook."""
-        if self.captures == "features" and block in self.capture:
-            self._keep(block, Features(output[0][0]))
-
-    def _keep(self, block: int, capture: Capture) -> None:
-        """Keep a capture; end the pass when nothing more is needed."""
-        self.captured[block] = capture
-        if self.capture == self.captured.keys():
-            raise _PassEnded
-
-
-class _BlockAttention:
-    """One block's joint text and video attention, for the length of one pass.
-
-    The same attention as diffusers' processor, with position embeddings for queries and keys apart, written out of
-    place (slice assignment breaks the gradient), and with the hooks.
+    Queries and keys are rotated separately and out of place, since slice assignment breaks the gradient.
     """
 
-    def __init__(self, block: int, hooks: _PassHooks, backend: str):
+    def __init__(self, block: int, hooks: PassHooks, backend: str):
         self._block, self._hooks, self._backend = block, hooks, backend
 
     def __call__(
@@ -553,50 +354,106 @@ class _BlockAttention:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        image_rotary_emb: PositionEmbedding | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_mask: None = None,
     ) -> tuple[Tensor, Tensor]:
         assert attention_mask is None, "CogVideoX attends without a mask"
-        if self._hooks.stop_at_first_keys_values:
-            self._hooks.keys_values = KeysValues(attn.to_k(hidden_states), attn.to_v(hidden_states))
-            raise _PassEnded
+        hooks = self._hooks
+        hooks.end_at_keys_values(attn, hidden_states)
         text_tokens = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        injected = self._hooks.injected if self._block == 0 else None
+        injected = hooks.injected_in(self._block)
         query = _split_heads(attn, attn.to_q(tokens), attn.norm_q)
-        key = _split_heads(attn, _projected(attn.to_k, tokens, injected.key if injected else None), attn.norm_k)
+        key = _split_heads(attn, project(attn.to_k, tokens, injected.key if injected else None), attn.norm_k)
         if image_rotary_emb is not None:
-            query = _rotate_video(query, image_rotary_emb, "query", text_tokens)
-            key = _rotate_video(key, image_rotary_emb, "key", text_tokens)
-        self._hooks.keep_queries_keys(self._block, query[:, text_tokens:], key[:, text_tokens:])
-        value = _split_heads(attn, _projected(attn.to_v, tokens, injected.value if injected else None), None)
+            query = _rotate_video(query, hooks.rotation("query", image_rotary_emb), text_tokens)
+            key = _rotate_video(key, hooks.rotation("key", image_rotary_emb), text_tokens)
+        hooks.capture_queries_keys(self._block, query[:, text_tokens:], key[:, text_tokens:])
+        value = _split_heads(attn, project(attn.to_v, tokens, injected.value if injected else None), None)
         attended = dispatch_attention_fn(query, key, value, backend=self._backend)
         output = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         return output[:, text_tokens:], output[:, :text_tokens]
 
 
-def _split_heads(attn: Any, tokens: Tensor, norm: Any) -> Tensor:
+def _split_heads(attn: Any, tokens: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
     """[B, L, D] -> [B, L, H, d], normalised per head."""
     heads = tokens.unflatten(2, (attn.heads, -1))
     return heads if norm is None else norm(heads)
 
 
-def _rotate_video(tokens: Tensor, position: PositionEmbedding, part: str, text_tokens: int) -> Tensor:
+def _rotate_video(tokens: Tensor, rotation: tuple[Tensor, Tensor], text_tokens: int) -> Tensor:
     """Rotate the video tokens of [B, L, H, d]; text tokens have no position."""
-    rotation = (position[f"{part}_cos"], position[f"{part}_sin"])
     video = apply_rotary_emb(tokens[:, text_tokens:], rotation, sequence_dim=1)
     return torch.cat([tokens[:, :text_tokens], video], dim=1)
 
 
-def _projected(projection: Any, tokens: Tensor, video: Tensor | None) -> Tensor:
-    """Keys or values of tokens [B, L, D]; those of the video, at their end, may be given: the reference's [1, S, D]."""
-    if video is None:
-        return projection(tokens)
-    text = projection(tokens[:, : tokens.shape[1] - video.shape[1]])
-    return torch.cat([text, video.expand(len(tokens), -1, -1)], dim=1)
+@dataclass(frozen=True)
+class DynamicGuider(ConstantGuider):
+    """Guidance scale that increases over the steps: diffusers' formula for CogVideoX-5B.
+
+    It mixes the raw timestep with the number of steps; published results use it.
+    """
+
+    steps: int
+
+    def scale(self, level: NoiseLevel) -> float:
+        """Return the guidance scale at a noise level."""
+        progress = ((self.steps - level.timestep) / self.steps) ** 5
+        return 1 + self.guidance_scale * (1 - math.cos(math.pi * progress)) / 2
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes a new allocation can use: free on the device, plus what torch holds in reserve."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+class DiscreteSchedule:
+    """A diffusers scheduler at discrete timesteps: DDIM, or DPM with its previous sample."""
+
+    def __init__(self, scheduler: Any, steps: int, device: torch.device):
+        self._scheduler = copy.deepcopy(scheduler)
+        self._scheduler.set_timesteps(steps, device=device)
+        timesteps = self._scheduler.timesteps.tolist()
+        self.levels: Sequence[NoiseLevel] = [
+            NoiseLevel(index, int(t), self._sigma(int(t))) for index, t in enumerate(timesteps)
+        ]
+        self._previous_sample: Tensor | None = None
+
+    def level_at(self, share: float) -> NoiseLevel:
+        """Return the noise level at a share of the training timesteps."""
+        timestep = round(share * self._scheduler.config.num_train_timesteps)
+        return NoiseLevel(None, timestep, self._sigma(timestep))
+
+    def step(self, prediction: Tensor, level: NoiseLevel, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the latents of the next level."""
+        timesteps, index = self._scheduler.timesteps, level.index
+        assert index is not None, "only levels of the schedule have a next one"
+        if not isinstance(self._scheduler, CogVideoXDPMScheduler):
+            return self._scheduler.step(prediction, timesteps[index], latents, return_dict=False)[0]
+        latents, self._previous_sample = self._scheduler.step(
+            prediction,
+            self._previous_sample,
+            timesteps[index],
+            timesteps[index - 1] if index > 0 else None,
+            latents,
+            generator=generator,
+            return_dict=False,
+        )
+        return latents
+
+    def to_clean(self, prediction: Tensor, level: NoiseLevel, latents: Tensor) -> Tensor:
+        """Return the clean latents of a v-prediction; SettingsError for other models."""
+        if (kind := self._scheduler.config.prediction_type) != "v_prediction":
+            raise SettingsError("measured", "prediction", f"pass: this model predicts {kind}, not v_prediction")
+        signal_variance = self._signal_variance(level.timestep)
+        return signal_variance**0.5 * latents - (1 - signal_variance) ** 0.5 * prediction
+
+    def add_noise(self, latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """Return clean latents noised to a level."""
+        timesteps = torch.tensor([int(level.timestep)], device=latents.device)
+        return self._scheduler.add_noise(latents, noise, timesteps)
+
+    def _signal_variance(self, timestep: int | float) -> float:
+        """Return the share of signal in the variance at a timestep."""
+        return self._scheduler.alphas_cumprod[int(timestep)].item()
+
+    def _sigma(self, timestep: int) -> float:
+        """Return the flow-equivalent sigma at a timestep."""
+        signal_variance = self._signal_variance(timestep)
+        signal, noise = signal_variance**0.5, (1 - signal_variance) ** 0.5
+        return noise / (signal + noise)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ditflow.losses.base import Payload
+from ditflow.losses.base import Payload, weighted_mean
 from ditflow.types import CaptureKind, Features, StaticReferenceError, TokenGrid
-
-if TYPE_CHECKING:
-    from ditflow.settings import MethodSettings
 
 CHANNEL_SHARE = 0.04
 """Share of the channels that count as carrying motion."""
@@ -36,29 +33,32 @@ class MotionFeatureLoss:
     captures: ClassVar[CaptureKind] = "features"
     reference_noise: ClassVar[float] = 0.0
     payload_axes: ClassVar[Mapping[str, str]] = {"channels": "k", "features": "F P k"}
+    optional_axes: ClassVar[Mapping[str, str]] = {"weight": "F P"}
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def from_settings(cls, method: MethodSettings) -> MotionFeatureLoss:
-        """Return the loss that resolved settings describe."""
-        return cls()
+    def reference(
+        self, capture: Features, grid: TokenGrid, weight: Float[Tensor, "frames patches"] | None = None
+    ) -> Payload:
+        """Return {"channels": int32 [k], "features": fp32 [F, P, k]}; StaticReferenceError if nothing changes.
 
-    def reference(self, capture: Features, grid: TokenGrid) -> Payload:
-        """Return {"channels": int32 [k], "features": fp32 [F, P, k]}; StaticReferenceError if nothing changes."""
+        With a weight of every patch, {"weight": fp32 [F, P]} as well; the channels are those of the weighted features.
+        """
         centred = _centred(capture.tokens.detach(), grid)
-        if not centred.any():
+        counted = centred if weight is None else centred * weight.to(centred).sqrt()[..., None]
+        if not counted.any():
             raise StaticReferenceError(
                 "the reference's features are the same in every frame: there is no motion to transfer. Choose a "
                 "longer range of frames or a larger stride."
             )
-        channels = motion_channels(centred.flatten(0, 1))
-        return {"channels": channels.int().cpu(), "features": centred[..., channels].contiguous().cpu()}
+        channels = motion_channels(counted.flatten(0, 1))
+        payload = {"channels": channels.int().cpu(), "features": centred[..., channels].contiguous().cpu()}
+        return payload if weight is None else {**payload, "weight": weight.float().cpu()}
 
     def __call__(self, capture: Features, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
-        """Return the mean of 1 - cosine over frames and places, in [0, 2]."""
+        """Return the (weighted) mean of 1 - cosine over frames and places, in [0, 2]."""
         wanted = payload["features"].to(capture.tokens.device)
         features = _centred(capture.tokens[:, payload["channels"].to(capture.tokens.device)], grid)
-        return (1 - cosine_similarity(features, wanted, dim=-1)).mean()
+        return weighted_mean(1 - cosine_similarity(features, wanted, dim=-1), payload.get("weight"))
 
 
 def motion_channels(centred: Float[Tensor, "samples inner"]) -> Int[Tensor, " channels"]:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from ditflow.losses.base import Payload
+from ditflow.losses.base import Payload, weighted_mean
+from ditflow.parts import setting
 from ditflow.types import CaptureKind, QueriesKeys, TokenGrid
-
-if TYPE_CHECKING:
-    from ditflow.settings import MethodSettings
 
 
 @dataclass(frozen=True)
@@ -30,21 +28,22 @@ class TemporalAttentionLoss:
     The reference is noised once to 40 % of the timesteps, as the original does, with the empty prompt.
     """
 
-    other_frames: bool = False
+    other_frames: bool = setting(False, extraction=True)
 
     name: ClassVar[str] = "motionclone"
     captures: ClassVar[CaptureKind] = "queries_keys"
     reference_noise: ClassVar[float] = 0.4
     payload_axes: ClassVar[Mapping[str, str]] = {"frame": "H P F", "attention": "H P F"}
+    optional_axes: ClassVar[Mapping[str, str]] = {"weight": "F P"}
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def from_settings(cls, method: MethodSettings) -> TemporalAttentionLoss:
-        """Return the loss that resolved settings describe."""
-        return cls(other_frames=method.other_frames)
+    def reference(
+        self, capture: QueriesKeys, grid: TokenGrid, weight: Float[Tensor, "frames patches"] | None = None
+    ) -> Payload:
+        """Return of every row's largest entry {"frame": uint8 or int32 [H, P, F], "attention": fp32 [H, P, F]}.
 
-    def reference(self, capture: QueriesKeys, grid: TokenGrid) -> Payload:
-        """Return of every row's largest entry {"frame": uint8 or int32 [H, P, F], "attention": fp32 [H, P, F]}."""
+        With a weight of every patch, {"weight": fp32 [F, P]} as well.
+        """
         attention = temporal_attention(capture, grid)
         candidates = attention
         if self.other_frames:
@@ -55,13 +54,17 @@ class TemporalAttentionLoss:
         return {
             "frame": frame.to(torch.uint8 if grid.frames <= 256 else torch.int32).cpu(),
             "attention": value.detach().cpu(),
+            **({} if weight is None else {"weight": weight.float().cpu()}),
         }
 
     def __call__(self, capture: QueriesKeys, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
-        """Return the mean squared difference at the reference's largest entries."""
+        """Return the (weighted) mean squared difference at the reference's largest entries."""
         frame = payload["frame"].to(capture.query.device, torch.int64)
         attention = temporal_attention(capture, grid).gather(-1, frame[..., None])[..., 0]
-        return mse_loss(attention, payload["attention"].to(attention.device))
+        wanted = payload["attention"].to(attention.device)
+        if "weight" not in payload:
+            return mse_loss(attention, wanted)
+        return weighted_mean(mse_loss(attention, wanted, reduction="none"), payload["weight"].T.expand_as(wanted))
 
 
 def temporal_attention(capture: QueriesKeys, grid: TokenGrid) -> Float[Tensor, "heads patches frames frames"]:

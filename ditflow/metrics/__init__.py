@@ -1,4 +1,4 @@
-"""Metrics of finished videos, one file each. A new one is a new file here, or in `metrics/` of `DITFLOW_PLUGINS`."""
+"""Metrics of finished videos, one file each; a new one is a file here or a plug-in (`ditflow.registry`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a metric is: figures of one finished clip, its reference and its prompt."""
+"""The contract of a metric: named figures of one finished clip, its reference and its prompt."""
 
 from __future__ import annotations
 
@@ -10,39 +10,42 @@ from typing import ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checka
 
 import numpy as np
 
-from ditflow.settings import SettingsError
+from ditflow.errors import DitflowError, SettingsError
+from ditflow.metrics.trackers import COTRACKER, TRACKER_NAMES
 
 Need = Literal["reference", "prompt"]
 
 
-class NotMeasurableError(ValueError):
-    """A clip has no value of a metric, because of what it shows; the message says why."""
+class NotMeasurableError(DitflowError, ValueError):
+    """A metric is undefined for what a clip shows; the message says why."""
+
+    default_code = "not-measurable"
 
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
-class Remembered(Generic[_Found]):
-    """What was found in the latest clips, by their content: many generated clips share one reference."""
+class ClipCache(Generic[_Result]):
+    """LRU cache of a function of a clip, keyed by the clip's content: many generated clips share one reference."""
 
-    def __init__(self, find: Callable[[np.ndarray], _Found], most: int = 8):
-        self._find, self._most = find, most
-        self._found: OrderedDict[str, _Found] = OrderedDict()
+    def __init__(self, function: Callable[[np.ndarray], _Result], max_clips: int = 8):
+        self._function, self._max_clips = function, max_clips
+        self._results: OrderedDict[str, _Result] = OrderedDict()
 
-    def __call__(self, frames: np.ndarray) -> _Found:
-        """Return what there is to find in frames [T, H, W, 3]."""
-        content = f"{frames.shape} {hashlib.sha256(frames.tobytes()).hexdigest()}"
-        if content not in self._found:
-            self._found[content] = self._find(frames)
-        self._found.move_to_end(content)
-        while len(self._found) > self._most:
-            self._found.popitem(last=False)
-        return self._found[content]
+    def __call__(self, frames: np.ndarray) -> _Result:
+        """Return the function's result for frames [T, H, W, 3]."""
+        key = f"{frames.shape} {hashlib.sha256(frames.tobytes()).hexdigest()}"
+        if key not in self._results:
+            self._results[key] = self._function(frames)
+        self._results.move_to_end(key)
+        if len(self._results) > self._max_clips:
+            self._results.popitem(last=False)
+        return self._results[key]
 
 
 @dataclass(frozen=True)
 class EvaluatedClip:
-    """A generated clip with what it is measured against, where that is known.
+    """A generated clip with its reference and prompt, where they are known.
 
     generated, reference: uint8 [T, H, W, 3] RGB of the same length and size.
     """
@@ -54,7 +57,7 @@ class EvaluatedClip:
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """Which metrics are taken, and how.
+    """The metrics to compute, and their options.
 
     names: metrics by name. tracker: `dis` or `lucas-kanade` (OpenCV, no weights), or `cotracker3` with the TorchScript
     file `tracker_weights`. variant and least_common: see `motion_fidelity`. clip: a CLIP folder, for the metrics that
@@ -70,18 +73,17 @@ class MetricSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        from ditflow.metrics import METRICS
-        from ditflow.metrics.tracks import COTRACKER, TRACKERS
+        from ditflow.metrics import METRICS  # late: the registry imports the metrics, which import this module
 
         checks = {
             "names": (bool(self.names) and set(self.names) <= set(METRICS), f"some of {', '.join(METRICS)}"),
-            "tracker": (self.tracker in (*TRACKERS, COTRACKER), f"one of {', '.join((*TRACKERS, COTRACKER))}"),
+            "tracker": (self.tracker in TRACKER_NAMES, f"one of {', '.join(TRACKER_NAMES)}"),
             "tracker_weights": (
                 (self.tracker == COTRACKER) == (self.tracker_weights is not None),
                 f"a TorchScript file with tracker: {COTRACKER}, and nothing with the others",
             ),
             "variant": (self.variant in ("symmetric", "official"), "symmetric or official"),
-            "least_common": (0 <= self.least_common <= 1, "a share of the steps, from 0 to 1"),
+            "least_common": (0 <= self.least_common <= 1, "a fraction of the steps, from 0 to 1"),
         }
         for key, (ok, expected) in checks.items():
             if not ok:
@@ -90,10 +92,10 @@ class MetricSettings:
 
 @runtime_checkable
 class Metric(Protocol):
-    """A metric, found by its `name`. It is made once and then measures one clip after another.
+    """A metric, registered by its `name`; created once and called for one clip after another.
 
-    needs: what of a clip must be known beside the generated frames.
-    settings: the fields of `MetricSettings` that matter to it.
+    needs: fields of a clip that it needs beside the generated frames.
+    settings: fields of `MetricSettings` that change its figures.
     """
 
     name: ClassVar[str]
@@ -102,9 +104,9 @@ class Metric(Protocol):
 
     @classmethod
     def from_settings(cls, settings: MetricSettings) -> Metric:
-        """Return the metric that the settings describe; load what it needs."""
+        """Return the metric for these settings, with its model loaded."""
         ...
 
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
-        """Return finite figures by name; NotMeasurableError where there are none."""
+        """Return finite figures by name; NotMeasurableError if they are undefined."""
         ...

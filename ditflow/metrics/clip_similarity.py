@@ -1,8 +1,8 @@
-"""CLIP similarities: does a video show what its prompt says, and does it keep showing the same?
+"""CLIP similarities: of a video's frames to its prompt, and of neighbouring frames.
 
 Axis letters: T frames, H rows, W columns of pixels.
 
-The weights are the user's: a folder in the layout of transformers, such as ViT-B/32, the one of the published numbers.
+The weights are the user's: a folder in the layout of transformers, such as ViT-B/32, with which results are published.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from jaxtyping import Float64
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ditflow.backbones.base import TextLimit
+from ditflow.backbones.contract import TextLimit
+from ditflow.errors import SettingsError
 from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
-from ditflow.metrics.tracks import check_pictures
-from ditflow.settings import SettingsError
+from ditflow.metrics.errors import MetricInputError
+from ditflow.metrics.tracks import check_rgb_frames
 
 BATCH = 32
-"""Frames that go through the image encoder at once: some 0.15 GB for ViT-B/32, however long the clip is."""
+"""Frames per batch of the image encoder: some 0.15 GB for ViT-B/32."""
 
 PARTS = (
     ("config.json",),
@@ -33,21 +34,21 @@ PARTS = (
     ("tokenizer.json", "vocab.json and merges.txt"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-"""What a CLIP folder consists of, each part with the files of which one is enough, or one pair."""
+"""Parts of a CLIP folder, each with its alternative files or pairs of files."""
 
 
 class ClipModel:
-    """A CLIP from a local folder, in 32 bits on a torch device.
+    """A CLIP model from a local folder, in fp32 on a torch device.
 
-    folder: what `save_pretrained` of transformers' CLIPModel, tokenizer and image processor wrote, or a hub download.
-    Only safetensors are read, no code of the folder is run, and nothing is downloaded. Pictures are resized, cropped
-    in the centre and normalised by PIL as the folder's preprocessor_config.json says, on every machine alike.
+    folder: written by `save_pretrained` of transformers' CLIPModel, tokenizer and image processor, or a hub download.
+    Only safetensors are read, no code of the folder is run, and nothing is downloaded. Frames are resized,
+    centre-cropped and normalised by PIL as in the folder's preprocessor_config.json, identically on every machine.
 
-    Raises ValueError if there is no such folder, it is not CLIP's, or it lacks a part; the message names which.
+    Raises MetricInputError if the folder is missing, incomplete or not a CLIP folder.
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        # Late, here and below: transformers takes seconds to import, and every job knows the names of all metrics.
+        # Late, here and below: transformers takes seconds to import, and every job imports all metrics.
         from transformers import AutoTokenizer
 
         path = Path(folder)
@@ -60,21 +61,21 @@ class ClipModel:
 
     @torch.no_grad()
     def embed_frames(self, frames: np.ndarray) -> Float64[Tensor, "frames embedding"]:
-        """Return the embeddings of frames uint8 [T, H, W, 3] RGB, of length 1, on the CPU; `BATCH` frames at once."""
+        """Return the normalised embeddings of frames uint8 [T, H, W, 3] RGB, on the CPU."""
         _check_count(frames, 1)
         batches = [self._embed_batch(frames[start : start + BATCH]) for start in range(0, len(frames), BATCH)]
-        return _unit(torch.cat(batches))
+        return _normalize(torch.cat(batches))
 
     @torch.no_grad()
     def embed_prompt(self, prompt: str) -> Float64[Tensor, " embedding"]:
-        """Return the embedding of a prompt, of length 1, on the CPU.
+        """Return the normalised embedding of a prompt, on the CPU.
 
-        Tokens beyond the text encoder's positions (77 in all released CLIPs, the start and end included) are cut.
+        It is truncated to the text encoder's positions: 77 in all released CLIPs, start and end tokens included.
         """
         positions = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer([prompt], truncation=True, max_length=positions, return_tensors="pt")
         encoded = self._model.text_model(input_ids=tokens["input_ids"].to(self.device))
-        return _unit(self._model.text_projection(encoded.pooler_output))[0]
+        return _normalize(self._model.text_projection(encoded.pooler_output))[0]
 
     def _embed_batch(self, frames: np.ndarray) -> Tensor:
         pixels = self._processor(list(frames), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -84,7 +85,7 @@ class ClipModel:
 
 
 def read_text_limit(folder: str | Path) -> TextLimit:
-    """Read how much of a prompt the CLIP of a folder reads; its weights are left alone. ValueError if it is none."""
+    """Read the prompt length limit of a CLIP folder without its weights; MetricInputError for another folder."""
     from transformers import AutoConfig, AutoTokenizer
 
     path = Path(folder)
@@ -94,12 +95,12 @@ def read_text_limit(folder: str | Path) -> TextLimit:
 
 
 def prompt_similarity(model: ClipModel, frames: np.ndarray, prompt: str) -> float:
-    """Return the mean over frames, uint8 [T, H, W, 3] RGB, of the cosine of their and the prompt's embeddings.
+    """Return the mean cosine of the embeddings of frames, uint8 [T, H, W, 3] RGB, and of the prompt.
 
-    The IQ of DiTFlow (arXiv 2412.07776), by ViT-B/32; published are 0.31 to 0.32 for CogVideoX-5B and all methods.
-    Only the beginning of a long prompt counts, see `ClipModel.embed_prompt`. The order of frames does not matter.
+    The IQ of DiTFlow (arXiv 2412.07776), with ViT-B/32; published are 0.31 to 0.32 for CogVideoX-5B and all methods.
+    Long prompts are truncated, see `ClipModel.embed_prompt`. The order of frames does not matter.
 
-    Raises ValueError for frames of another type or shape, or none.
+    Raises MetricInputError for frames of another type or shape, or none.
     """
     return float((model.embed_frames(frames) @ model.embed_prompt(prompt)).mean())
 
@@ -107,14 +108,14 @@ def prompt_similarity(model: ClipModel, frames: np.ndarray, prompt: str) -> floa
 def frame_consistency(model: ClipModel, frames: np.ndarray) -> float:
     """Return the mean cosine of the embeddings of neighbouring frames, uint8 [T, H, W, 3] RGB; 1 for a static clip.
 
-    Raises ValueError for frames of another type or shape, or fewer than 2.
+    Raises MetricInputError for frames of another type or shape, or fewer than 2.
     """
     _check_count(frames, 2)
     embeddings = model.embed_frames(frames)
     return float((embeddings[:-1] * embeddings[1:]).sum(dim=-1).mean())
 
 
-def _unit(embeddings: Tensor) -> Float64[Tensor, "rows embedding"]:
+def _normalize(embeddings: Tensor) -> Float64[Tensor, "rows embedding"]:
     return torch.nn.functional.normalize(embeddings.cpu().double(), dim=-1)
 
 
@@ -130,36 +131,44 @@ def _weights(folder: Path) -> Any:
     from transformers import CLIPModel
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # gone before it can be read
+    transformers_logging.disable_progress_bar()  # it is finished at once
     try:
         model, info = CLIPModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
+        raise MetricInputError(
             f"the weights in {folder} do not load ({error}). Most likely the file is damaged, or belongs to another "
-            "config.json; copy the folder again."
+            "config.json; copy the folder again.",
+            code="clip-weights-damaged",
+            key="metrics.clip",
         ) from error
     if info["missing_keys"]:
-        raise ValueError(
+        raise MetricInputError(
             f"the weights in {folder} lack {len(info['missing_keys'])} tensors, such as "
             f"{min(info['missing_keys'])}, which would be left random. Most likely they are of one half of CLIP only; "
-            "save the whole CLIPModel."
+            "save the whole CLIPModel.",
+            code="clip-weights-incomplete",
+            key="metrics.clip",
         )
     return model
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder, expected one with a CLIP model. Models are never downloaded; check the path."
+        raise MetricInputError(
+            f"{folder} is not a folder, expected one with a CLIP model. Models are never downloaded; check the path.",
+            code="clip-folder-missing",
+            key="metrics.clip",
         )
     _check_parts(folder)
     kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
     if kind != "clip":
-        raise ValueError(
-            f"{folder} is no CLIP folder: its config.json has the model_type {kind!r}, expected 'clip'. Other models "
-            "give other scales; pass CLIP ViT-B/32 for the published ones."
+        raise MetricInputError(
+            f"{folder} is not a CLIP folder: its config.json has the model_type {kind!r}, expected 'clip'. Other "
+            "models have other scales; pass CLIP ViT-B/32 to compare with published results.",
+            code="clip-folder-wrong-model",
+            key="metrics.clip",
         )
 
 
@@ -167,15 +176,19 @@ def _check_parts(folder: Path) -> None:
     missing = [" or ".join(part) for part in PARTS if not any(_has(folder, files) for files in part)]
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     if missing and all(part.startswith("model.safetensors") for part in missing) and pickles:
-        raise ValueError(
+        raise MetricInputError(
             f"{folder} has its weights only as {pickles[0]}, expected model.safetensors: pickles are not read because "
-            "unpickling runs what they contain. Where you trust it, convert it by "
-            "CLIPModel.from_pretrained(folder).save_pretrained(folder)."
+            "unpickling runs code that they contain. If you trust it, convert it by "
+            "CLIPModel.from_pretrained(folder).save_pretrained(folder).",
+            code="clip-weights-pickled",
+            key="metrics.clip",
         )
     if missing:
-        raise ValueError(
-            f"{folder} is no CLIP folder: it lacks {'; '.join(missing)}. Pass a folder into which CLIPModel, tokenizer "
-            "and image processor were saved, or a complete hub download."
+        raise MetricInputError(
+            f"{folder} is not a CLIP folder: it lacks {'; '.join(missing)}. Pass a folder into which CLIPModel, "
+            "tokenizer and image processor were saved, or a complete hub download.",
+            code="clip-folder-incomplete",
+            key="metrics.clip",
         )
 
 
@@ -184,28 +197,31 @@ def _has(folder: Path, files: str) -> bool:
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any, text: Any) -> None:
-    # Of a prompt without the model's end token, CLIP silently embeds the start alone. 2 is the id in older releases,
-    # where transformers takes the largest id instead.
+    # Without the model's end token in a prompt, CLIP silently embeds the start token alone. 2 is the id in older
+    # releases, for which transformers takes the largest id instead.
     if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):
-        raise ValueError(
+        raise MetricInputError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens with {tokenizer.eos_token_id} at the end, its text "
             f"encoder {text.vocab_size} with {text.eos_token_id}. Most likely they are of two models; copy both from "
-            "one."
+            "one.",
+            code="clip-tokenizer-mismatch",
+            key="metrics.clip",
         )
 
 
-def _check_count(frames: np.ndarray, least: int) -> None:
-    check_pictures(frames)
-    if len(frames) < least:
-        raise ValueError(
-            f"{len(frames)} frames came, expected {least} or more: one frame has no neighbour, and none has no mean. "
-            "Check how the clip was decoded."
+def _check_count(frames: np.ndarray, minimum: int) -> None:
+    check_rgb_frames(frames)
+    if len(frames) < minimum:
+        raise MetricInputError(
+            f"{len(frames)} frames came, expected {minimum} or more: one frame has no neighbour, and none has no mean. "
+            "Check how the clip was decoded.",
+            code="frames-too-few",
         )
 
 
 @dataclass(frozen=True)
 class PromptSimilarity:
-    """How much a clip shows what its prompt says, to CLIP."""
+    """CLIP similarity of a clip's frames and its prompt."""
 
     model: ClipModel
 
@@ -216,7 +232,7 @@ class PromptSimilarity:
     @classmethod
     def from_settings(cls, settings: MetricSettings) -> PromptSimilarity:
         """Return the metric with CLIP loaded."""
-        return cls(_clip_of(settings))
+        return cls(_load_clip(settings))
 
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
         """Return prompt_similarity."""
@@ -226,7 +242,7 @@ class PromptSimilarity:
 
 @dataclass(frozen=True)
 class FrameConsistency:
-    """How much a clip keeps showing the same, to CLIP."""
+    """CLIP similarity of a clip's neighbouring frames."""
 
     model: ClipModel
 
@@ -237,20 +253,20 @@ class FrameConsistency:
     @classmethod
     def from_settings(cls, settings: MetricSettings) -> FrameConsistency:
         """Return the metric with CLIP loaded."""
-        return cls(_clip_of(settings))
+        return cls(_load_clip(settings))
 
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
         """Return frame_consistency."""
         return {"frame_consistency": frame_consistency(self.model, clip.generated)}
 
 
-def _clip_of(settings: MetricSettings) -> ClipModel:
+def _load_clip(settings: MetricSettings) -> ClipModel:
     if settings.clip is None:
         raise SettingsError("clip", None, "a folder with a CLIP model, for prompt_similarity and frame_consistency")
-    return _loaded(settings.clip, settings.device)
+    return _load(settings.clip, settings.device)
 
 
 @cache
-def _loaded(folder: str, device: str) -> ClipModel:
-    """Load a CLIP once for all metrics of a process."""
+def _load(folder: str, device: str) -> ClipModel:
+    """Load a CLIP model once for all metrics of a process."""
     return ClipModel(folder, device)

@@ -1,18 +1,19 @@
-"""What a clip of the embedded models' world shows: where its sprite goes, and whether it is the one asked for."""
+"""Score of clips of the embedded models' synthetic world: the sprite's track, and the words of the prompt."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need, Remembered
-from ditflow.mini.measure import look_at, position_error, track_cosine
+from ditflow.metrics.base import ClipCache, EvaluatedClip, MetricSettings, Need
+from ditflow.mini.measure import detect_sprite, position_error, track_cosine
 
 
 class WorldScore:
-    """Track cosine and position error (pixels) against the reference, and the words of the prompt that are seen.
+    """Track cosine and position error (pixels) against the reference, and the detected words of the prompt.
 
-    For clips of one sprite. The reference's track is read from its pixels, too: to half a pixel, see
-    `benchmarks/mini.py`. colour, shape and background are 1 where what is seen is a word of the prompt, else 0.
+    For clips of one sprite. The reference's track is detected in its pixels, too: to half a pixel, see
+    `benchmarks/mini.py`.
+    colour, shape and background are 1 if the detected word is in the prompt, else 0.
     """
 
     name: ClassVar[str] = "world"
@@ -20,7 +21,7 @@ class WorldScore:
     settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        self._of_reference = Remembered(look_at)
+        self._reference_detection = ClipCache(detect_sprite)
 
     @classmethod
     def from_settings(cls, settings: MetricSettings) -> WorldScore:
@@ -30,10 +31,10 @@ class WorldScore:
     def __call__(self, clip: EvaluatedClip) -> dict[str, float]:
         """Return track_cosine, position_error, colour, shape and background."""
         assert clip.reference is not None and clip.prompt is not None
-        seen, track = look_at(clip.generated), self._of_reference(clip.reference).centres
-        words = {"colour": seen.colour, "shape": seen.shape, "background": seen.background}
+        detected, track = detect_sprite(clip.generated), self._reference_detection(clip.reference).centres
+        words = {"colour": detected.colour, "shape": detected.shape, "background": detected.background}
         return {
-            "track_cosine": track_cosine(seen, track),
-            "position_error": position_error(seen, track),
-            **{word: float(shown in clip.prompt) for word, shown in words.items()},
+            "track_cosine": track_cosine(detected, track),
+            "position_error": position_error(detected, track),
+            **{kind: float(word in clip.prompt) for kind, word in words.items()},
         }

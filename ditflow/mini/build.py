@@ -1,8 +1,9 @@
-"""The architecture of the embedded tiny CogVideoX models, in diffusers' own classes, with random weights.
+"""The architecture of the embedded tiny models, in diffusers' own classes, with random weights.
 
-64x64 pixels, 17 frames: latents 5x16x16 with 16 channels, 8x8 patches, 320 video tokens. Two kinds, like the released
-models: `mini-rotary` (5B: rotary embedding, DPM scheduler) and `mini-additive` (2B: sin-cos embedding, DDIM).
-`train.py` makes the weights that lie in `weights/`.
+64x64 pixels, 17 frames: latents 5x16x16 with 16 channels, 8x8 patches, 320 video tokens. Three kinds, like released
+models: `mini-rotary` (CogVideoX-5B: rotary embedding, DPM scheduler), `mini-additive` (CogVideoX-2B: sin-cos embedding,
+DDIM) and `mini-wan` (Wan 2.1: text by cross-attention, flow matching). `ditflow.mini.training` makes the weights in
+`weights/`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import string
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ditflow.mini.world import VOCABULARY
 
@@ -25,6 +30,16 @@ FRAMES, HEIGHT, WIDTH = 17, 64, 64
 TEXT_TOKENS = 32
 LAYERS = 6
 _TEXT_DIM = 64
+_TEXT_ENCODER = {
+    "vocab_size": 256,
+    "d_model": _TEXT_DIM,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
 
 
 def build_pipeline(
@@ -34,34 +49,49 @@ def build_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CogVideoXPipeline(
-            tokenizer=_tokenizer(),
-            text_encoder=_text_encoder(),
+            tokenizer=build_tokenizer(),
+            text_encoder=T5EncoderModel(T5Config(**_TEXT_ENCODER)),
             vae=_vae(),
             transformer=_transformer(rotary, layers, temporal_patch),
             scheduler=_scheduler(rotary),
         )
 
 
-def _tokenizer() -> T5Tokenizer:
+def build_wan_pipeline(*, layers: int = LAYERS, seed: int = 0) -> WanPipeline:
+    """Build a tiny Wan 2.1 with random weights from `seed`; its VAE compresses 4x in space, not 8x as the released."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanPipeline(
+            tokenizer=build_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**_TEXT_ENCODER)),
+            vae=AutoencoderKLWan(
+                base_dim=16,
+                z_dim=16,
+                dim_mult=[1, 2, 2],
+                num_res_blocks=1,
+                temperal_downsample=[True, True],
+                latents_mean=[0.0] * 16,
+                latents_std=[1.0] * 16,
+                scale_factor_spatial=4,
+            ),
+            transformer=WanTransformer3DModel(
+                num_attention_heads=4,
+                attention_head_dim=32,
+                text_dim=_TEXT_DIM,
+                freq_dim=64,
+                ffn_dim=512,
+                num_layers=layers,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+
+
+def build_tokenizer() -> T5Tokenizer:
     """Whole words of the world's vocabulary; letters for any other word."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     words = [(f"▁{word}", -1.0) for word in sorted(VOCABULARY)]
     letters = [(letter, -10.0) for letter in string.ascii_lowercase + string.digits + ".,-'"]
     return T5Tokenizer(vocab=special + words + letters, extra_ids=0, model_max_length=TEXT_TOKENS)
-
-
-def _text_encoder() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=256,
-        d_model=_TEXT_DIM,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    return T5EncoderModel(config)
 
 
 def _vae() -> AutoencoderKLCogVideoX:

@@ -1,8 +1,8 @@
-"""What a clip of the synthetic world shows, read from its pixels alone: a ruler for generated clips.
+"""Measurement of clips of the synthetic world from their pixels alone, without the prompt.
 
-`look_at` finds the one sprite of a clip and names its colour, its shape and the background, without knowing the prompt;
-`track_cosine` and `position_error` compare where two sprites went. How often it is right on clips whose truth is known
-is measured by `benchmarks/mini.py`. `flow_score` holds an attention motion flow against the true motion.
+`detect_sprite` finds the sprite of a clip, its colour and shape, and the background; `track_cosine` and
+`position_error` compare tracks; `flow_score` compares an attention motion flow with the ground truth.
+`benchmarks/mini.py` measures the accuracy of the detection on rendered clips.
 
 Axes: T pixel frames, F latent frames, H and W pixels, P patches of a latent frame.
 """
@@ -19,27 +19,27 @@ from jaxtyping import Num
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ditflow.amf import hard_displacement
-from ditflow.backbones.base import Backbone
+from ditflow.backbones.contract import CLEAN, Backbone
 from ditflow.mini.world import BACKGROUNDS, COLOURS, GROUNDS, REACH, SHAPES, TrueMotion, WorldClip, render, sample_scene
+from ditflow.motion.amf import hard_displacement
 
 Array = NDArray[np.floating[Any]]
 
-CLEAR = 0.5
-"""From this clarity on (1: a flawless silhouette, 0: nothing), a frame counts as showing the sprite."""
+MIN_CONFIDENCE = 0.5
+"""Confidence (1: a perfect silhouette, 0: none) from which a sprite counts as found in a frame."""
 RADII = tuple(range(9, 21))
-"""Radii in pixels that are looked for, in clips of 64x64."""
+"""Candidate radii in pixels, in clips of 64x64."""
 
 _LEVELS = 16
 _WINDOW = 1.15 * REACH
 
 
 @dataclass(frozen=True, eq=False)
-class Sighting:
-    """What was seen in a clip of one sprite.
+class Detection:
+    """The detected sprite and background of a clip of one sprite.
 
     colour, shape, background: words of the world. centres [T, 2]: the sprite's centre (x, y) in pixels; radii [T] in
-    pixels; clarity [T] in [-1, 1]: how much more its silhouette looks like a sprite than what surrounds it.
+    pixels; confidence [T] in [-1, 1]: contrast between the silhouette and its surroundings.
     """
 
     colour: str
@@ -47,20 +47,20 @@ class Sighting:
     background: str
     centres: Array
     radii: Array
-    clarity: Array
+    confidence: Array
 
     @property
     def found(self) -> NDArray[np.bool_]:
-        """The frames [T] that show the sprite clearly."""
-        return self.clarity >= CLEAR
+        """The frames [T] in which the sprite is found."""
+        return self.confidence >= MIN_CONFIDENCE
 
 
-def look_at(frames: NDArray[np.uint8]) -> Sighting:
-    """Return what a clip of one sprite shows; frames uint8 [T, H, W, 3].
+def detect_sprite(frames: NDArray[np.uint8]) -> Detection:
+    """Detect the sprite of a clip of one sprite; frames uint8 [T, H, W, 3].
 
-    The background is the one whose colours the pixels have most. Pixels that it is unlikely to have are the sprite's;
-    the shape is the one whose silhouette fits them best, anywhere and at any size, summed over the frames; the colour
-    is the likeliest of the pixels inside it.
+    The background is the one with the highest mean likelihood of all pixels. Pixels unlikely under it are evidence of
+    the sprite; the shape is the template that matches the evidence best at any position and size, summed over the
+    frames; the colour is the likeliest of the pixels inside it.
     """
     colours, grounds = _palettes()
     levels = _levels(frames)
@@ -69,36 +69,36 @@ def look_at(frames: NDArray[np.uint8]) -> Sighting:
     sprite = np.logaddexp.reduce([colours[name] for name in seen]) - np.log(len(seen))
     evidence = torch.from_numpy((sprite - grounds[background])[levels] / 4).clamp(-1, 1).float()
     fits = {shape: _fit(evidence, shape) for shape in SHAPES}
-    shape = max(fits, key=lambda name: fits[name].clarity.sum())
+    shape = max(fits, key=lambda name: fits[name].confidence.sum())
     fit = fits[shape]
     inside = levels[_silhouettes(fit, shape, frames.shape[1:3])]
     colour = max(seen, key=lambda name: colours[name][inside].sum())
-    return Sighting(colour, shape, background, fit.centres, fit.radii, fit.clarity)
+    return Detection(colour, shape, background, fit.centres, fit.radii, fit.confidence)
 
 
-def track_cosine(sighting: Sighting, trajectory: Array) -> float:
-    """Return the cosine in [-1, 1] of a sprite's track and a true one [T, 2], each about its own middle.
+def track_cosine(detection: Detection, trajectory: Array) -> float:
+    """Return the cosine in [-1, 1] of a sprite's track and a true one [T, 2], both centred.
 
-    Only frames that show the sprite count; 0 if it is not found in half of them, or does not move.
+    Over the frames in which the sprite is found; 0 if these are fewer than half, or it does not move.
     """
-    found = sighting.found
+    found = detection.found
     if found.mean() < 0.5:
         return 0.0
-    one, other = (track[found] - track[found].mean(axis=0) for track in (sighting.centres, trajectory))
+    one, other = (track[found] - track[found].mean(axis=0) for track in (detection.centres, trajectory))
     lengths = np.linalg.norm(one) * np.linalg.norm(other)
     return float((one * other).sum() / lengths) if lengths else 0.0
 
 
-def position_error(sighting: Sighting, trajectory: Array) -> float:
-    """Return the mean distance in pixels of a sprite from a true trajectory [T, 2], wherever it is seen best."""
-    return float(np.linalg.norm(sighting.centres - trajectory, axis=-1).mean())
+def position_error(detection: Detection, trajectory: Array) -> float:
+    """Return the mean distance in pixels of the detected centres from a true trajectory [T, 2], in all frames."""
+    return float(np.linalg.norm(detection.centres - trajectory, axis=-1).mean())
 
 
 # ---- colours
 
 
 def _levels(frames: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Return the colour cell of every pixel of uint8 [..., 3]: its place in a palette."""
+    """Return the colour cell of every pixel of uint8 [..., 3]: its index in a palette."""
     red, green, blue = np.moveaxis(frames // (256 // _LEVELS), -1, 0).astype(np.intp)
     return (red * _LEVELS + green) * _LEVELS + blue
 
@@ -110,7 +110,7 @@ _Palette = dict[str, Array]
 def _palettes(clips: int = 768) -> tuple[_Palette, _Palette]:
     """Return the log-likelihoods of colour cells [_LEVELS**3] for every sprite colour and every background.
 
-    Counted on training clips, and blurred by one cell, for generated colours are never quite right.
+    Counted on training clips, and blurred by one cell, since generated colours deviate a little.
     """
     colours = {name: np.zeros(_LEVELS**3) for name in COLOURS}
     grounds = {name: np.zeros(_LEVELS**3) for name in BACKGROUNDS}
@@ -139,11 +139,11 @@ def _log_share(counts: Array) -> Array:
 class _Fit:
     centres: Array
     radii: Array
-    clarity: Array
+    confidence: Array
 
 
 def _fit(evidence: Tensor, shape: str) -> _Fit:
-    """Return the best place and size of a shape in every frame; evidence [T, H, W] in [-1, 1] is high on sprites."""
+    """Return the best position and size of a shape in every frame; evidence [T, H, W] in [-1, 1] is high on sprites."""
     maps = _correlations(evidence, shape).numpy()
     best = maps.reshape(len(maps), -1).argmax(axis=1)
     which, row, column = np.unravel_index(best, maps.shape[1:])
@@ -152,9 +152,9 @@ def _fit(evidence: Tensor, shape: str) -> _Fit:
 
 
 def _correlations(evidence: Tensor, shape: str) -> Tensor:
-    """Return the correlation [T, R, H, W] of every frame with the shape's template of every radius, at every place."""
+    """Return the correlation [T, R, H, W] of every frame with the shape's template of every radius and position."""
     height, width = evidence.shape[1:]
-    # Room for the half of a template that stands beyond one edge: what wraps around reaches no place that is returned.
+    # Padding for the half of a template beyond one edge: what wraps around is cropped.
     size = (max(height, _reach() + 1) + _reach(), max(width, _reach() + 1) + _reach())
     products = torch.fft.rfft2(evidence, s=size)[:, None] * _spectra(shape, size)
     return torch.fft.irfft2(products, s=size)[..., :height, :width]
@@ -162,7 +162,7 @@ def _correlations(evidence: Tensor, shape: str) -> Tensor:
 
 @cache
 def _spectra(shape: str, size: tuple[int, int]) -> Tensor:
-    """Return the templates' spectra, of which a product with that of a frame is their correlation."""
+    """Return the conjugate spectra of the templates; times a frame's spectrum they are the correlation's."""
     templates, reach = _templates(shape), _reach()
     placed = torch.zeros(len(templates), *size)
     placed[:, : 2 * reach + 1, : 2 * reach + 1] = templates
@@ -170,13 +170,13 @@ def _spectra(shape: str, size: tuple[int, int]) -> Tensor:
 
 
 def _reach() -> int:
-    """Pixels from the middle of a template to its edge."""
+    """Return the pixels from the centre of a template to its edge."""
     return int(np.ceil(_WINDOW * RADII[-1]))
 
 
 @cache
 def _templates(shape: str) -> Tensor:
-    """Return for every radius the weights that take half the mean inside the shape less half the mean around it."""
+    """Return a template per radius: half the mean inside the shape minus half the mean around it."""
     reach = _reach()
     row, column = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     weights = []
@@ -189,23 +189,23 @@ def _templates(shape: str) -> Tensor:
 
 
 def _silhouettes(fit: _Fit, shape: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the pixels [T, H, W] inside a fitted shape."""
+    """Return the mask [T, H, W] of a fitted shape."""
     row, column = np.indices(size)
     x = (column - fit.centres[:, 0, None, None]) / fit.radii[:, None, None]
     y = (row - fit.centres[:, 1, None, None]) / fit.radii[:, None, None]
     return SHAPES[shape](x, y) <= 0
 
 
-# ---- attention motion flow against the truth
+# ---- attention motion flow against the ground truth
 
 
 @dataclass(frozen=True)
 class FlowScore:
-    """How well a displacement field tells a clip's true motion, in patches, over pairs of different frames.
+    """Accuracy of a displacement field, in patches, over pairs of different frames.
 
-    sprite_error: mean end-point error of points on sprites; sprite_within: their share with an error of at most 1.
-    ground_error: mean end-point error of background points; ground_length: how far the field moves them on average.
-    Only points that stay visible count; NaN where a clip has none.
+    sprite_error: mean end-point error of points on sprites; sprite_within: their fraction with an error of at most 1.
+    ground_error: mean end-point error of background points; ground_length: their mean displacement in the field.
+    Over points visible in both frames; NaN if a clip has none.
     """
 
     sprite_error: float
@@ -215,7 +215,7 @@ class FlowScore:
 
 
 def flow_score(displacement: Num[np.ndarray, "frames frames patches 2"], truth: TrueMotion) -> FlowScore:
-    """Score a displacement field [F, F, P, 2] in patches against the truth of the same grid."""
+    """Score a displacement field [F, F, P, 2] in patches against the ground truth of the same grid."""
     others = ~np.eye(len(displacement), dtype=bool)[:, :, None]
     on_sprite = truth.owner[:, None] >= 0
     error = np.linalg.norm(displacement - truth.displacement, axis=-1)
@@ -234,10 +234,10 @@ def _mean(values: NDArray[Any]) -> float:
 
 @torch.no_grad()
 def block_scores(backbone: Backbone, clip: WorldClip) -> list[FlowScore]:
-    """Score the attention motion flow that every block of a model sees in a clip (timestep 0, empty prompt)."""
+    """Score the attention motion flow of every block of a model for a clip (timestep 0, empty prompt)."""
     latents = backbone.encode_video(clip.frames)
-    grid, words = backbone.grid(latents), backbone.encode_prompt("")
+    grid = backbone.layout.grid(latents.shape)
     truth = clip.displacement(grid.frames, grid.height, grid.width)
-    blocks = range(backbone.geometry.blocks)
-    captured = backbone.capture(latents, 0, words, blocks, backbone.default_position(grid))
+    blocks = range(backbone.layout.blocks)
+    captured = backbone.capture(latents, CLEAN, backbone.condition(""), blocks)
     return [flow_score(hard_displacement(captured[block], grid).cpu().numpy(), truth) for block in blocks]

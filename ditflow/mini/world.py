@@ -1,15 +1,15 @@
-"""A seeded world of short clips whose motion is known exactly: textured sprites over textured ground.
+"""A synthetic world of short clips with exact ground-truth motion: textured sprites over textured backgrounds.
 
-`sample_scene` draws a `Scene`, `render` turns it into a `WorldClip`, and `WorldClip.displacement` tells its
-true motion. Only numpy is needed, and one seed gives the same bytes every time.
+`sample_scene` samples a `Scene`, `render` makes a `WorldClip` of it, and `WorldClip.displacement` has its true
+motion. Needs numpy alone; a seed always gives the same bytes.
 
 Axes: T pixel frames, F latent frames, H and W pixels, K sprites, P patches (row by row), N loose points,
 S texels along a side of a background.
 
-A scene is measured in world units, 64 of which span the shorter side of the picture, with the origin at the
-picture's middle, x to the right and y down. Its time runs from 0 (first frame) to 1 (last frame), so the same
-scene can be rendered at any size and with any number of frames. A clip is measured in pixels; whole
-coordinates are pixel centres. A sprite's path is its path in the picture: the camera moves only the ground.
+Scenes are in world units, 64 across the shorter side of the picture, with the origin in the centre, x to the right
+and y down. Scene time runs from 0 (first frame) to 1 (last frame), so a scene can be rendered at any size and number
+of frames. Clips are in pixels; whole coordinates are pixel centres. A sprite's path is relative to the picture: the
+camera moves only the background.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ditflow.errors import DitflowError
+
 Array = NDArray[np.floating[Any]]
 Point = tuple[float, float]
 Pixels = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
@@ -29,7 +31,7 @@ Option = TypeVar("Option")
 
 SPLITS = ("train", "eval")
 SHOTS = ("rest", "rest", "pan", "pan", "zoom")
-"""Camera moves, as often as they are drawn."""
+"""Camera moves, repeated by their frequency."""
 PICTURE_UNITS = 64.0
 """World units across the shorter side of a picture."""
 
@@ -43,16 +45,22 @@ COLOURS = {
     "white": ((248, 248, 248), (125, 125, 132)),
     "black": ((22, 22, 26), (130, 130, 136)),
 }
-"""Per colour word: the RGB of the sprite and the RGB of the pattern upon it."""
+"""By colour word: the RGB of the sprite and of its pattern."""
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 
 
 # ---- the scene
 
 
+class WorldError(DitflowError, ValueError):
+    """A scene or clip of the synthetic world cannot be made; the code says why."""
+
+    default_code = "world-option-invalid"
+
+
 @dataclass(frozen=True)
 class Appearance:
-    """How a sprite looks, in words of `SHAPES`, `COLOURS` and `TEXTURES`; other words raise ValueError."""
+    """Appearance of a sprite, in words of `SHAPES`, `COLOURS` and `TEXTURES`; WorldError for others."""
 
     shape: str
     colour: str
@@ -66,12 +74,11 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Path:
-    """Where a sprite is and how large, as a function of time.
+    """Position and size of a sprite as a function of time.
 
-    The centre leaves `start` and arrives at `start + travel`, on a parabola whose middle lies `bend` units to
-    the right of the straight way. `acceleration` in [-1, 1] is the change of speed over the clip as a share
-    of twice the mean speed: 1 starts from rest, -1 comes to rest. The radius goes from the first of `radius`
-    to the second.
+    The centre moves from `start` to `start + travel` along a parabola whose middle lies `bend` units to the right
+    of the straight line. `acceleration` in [-1, 1] is the change of speed over the clip relative to twice the mean
+    speed: 1 starts from rest, -1 ends at rest. The radius changes from the first value of `radius` to the second.
     """
 
     start: Point
@@ -96,7 +103,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Sprite:
-    """One thing that moves: how it looks and where it goes."""
+    """One moving object: its appearance and path."""
 
     appearance: Appearance
     path: Path
@@ -104,9 +111,9 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Background:
-    """The ground: a word of `BACKGROUNDS` (others raise ValueError), and how it starts.
+    """The background: a word of `BACKGROUNDS` (WorldError for others) and its start.
 
-    `origin` is the ground point under the picture's middle at time 0.
+    `origin` is the background point in the picture's centre at time 0.
     """
 
     name: str
@@ -119,47 +126,50 @@ class Background:
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's move over the clip: `pan` in world units, `zoom` the factor by which the ground grows."""
+    """Camera motion over the clip: `pan` in world units, `zoom` as the magnification of the background."""
 
     pan: Point = (0.0, 0.0)
     zoom: float = 1.0
 
     def centre(self, time: Array) -> Array:
-        """Return the ground point [..., 2] under the picture's middle at times [...], from the origin."""
+        """Return the background point [..., 2] in the picture's centre at times [...], relative to the origin."""
         return time[..., None] * np.asarray(self.pan)
 
     def magnification(self, time: Array) -> Array:
-        """Return by what factor the ground is enlarged at scene times of any shape."""
+        """Return the magnification of the background at scene times of any shape."""
         return self.zoom**time
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a clip shows. Later sprites cover earlier ones."""
+    """The content of a clip; later sprites occlude earlier ones."""
 
     sprites: tuple[Sprite, ...]
     background: Background
     camera: Camera = Camera()
 
 
-def with_appearance_of(scene: Scene, other: Scene) -> Scene:
-    """Return `scene`'s motion (paths, camera) wearing the looks of `other` (sprites, background).
+def swap_appearance(scene: Scene, other: Scene) -> Scene:
+    """Return `scene`'s motion (paths, camera) with the appearance of `other` (sprites, background).
 
-    Raises ValueError when the two have different numbers of sprites.
+    Raises WorldError for different numbers of sprites.
     """
     if len(scene.sprites) != len(other.sprites):
-        raise ValueError(
-            f"The scene has {len(scene.sprites)} sprites, the one that lends its looks {len(other.sprites)}: "
-            "sample both with the same `sprites`."
+        raise WorldError(
+            f"the scene has {len(scene.sprites)} sprites, the one with the other appearance {len(other.sprites)}: "
+            "sample both with the same `sprites`.",
+            code="world-sprites-differ",
         )
     pairs = zip(scene.sprites, other.sprites, strict=True)
-    sprites = tuple(replace(sprite, appearance=lender.appearance) for sprite, lender in pairs)
+    sprites = tuple(replace(sprite, appearance=source.appearance) for sprite, source in pairs)
     return replace(scene, sprites=sprites, background=other.background)
 
 
 def _check_word(kind: str, word: str, valid: Sequence[str] | dict[str, Any]) -> None:
     if word not in valid:
-        raise ValueError(f"{word!r} is no {kind} of this world: it has {', '.join(valid)}.")
+        raise WorldError(
+            f"{word!r} is not a {kind} of this world: it has {', '.join(valid)}.", code="world-word-unknown"
+        )
 
 
 # ---- the prompts
@@ -168,8 +178,8 @@ def _check_word(kind: str, word: str, valid: Sequence[str] | dict[str, Any]) -> 
 def prompt_of(scene: Scene, motion: bool = False) -> str:
     """Return the scene in words of `VOCABULARY`, separated by spaces and commas.
 
-    Without `motion` the prompt tells looks only (two scenes that differ in motion alone read the same); with
-    it, the directions of sprites and camera, growing and zooming are added.
+    Without `motion` the prompt describes only the appearance; with it, also the directions of sprites and camera,
+    growing and zooming.
     """
     names = [_name_of(sprite.appearance) for sprite in scene.sprites]
     ground = f"over the {scene.background.name}"
@@ -204,13 +214,13 @@ def _direction_words(move: Point) -> list[str]:
     return [word for word, share in ((down, move[1]), (across, move[0])) if abs(share) > least]
 
 
-# ---- the sampling
+# ---- sampling
 
 
 def sample_scene(seed: int, split: str = "train", *, sprites: int | None = None, shot: str | None = None) -> Scene:
     """Return the scene of a seed; the same seed of another split is an unrelated scene.
 
-    `sprites` (1 or 2) and `shot` fix what is otherwise drawn. Raises ValueError for an unknown split or shot.
+    `sprites` (1 or 2) and `shot` are sampled if not given. Raises WorldError for an unknown split or shot.
     """
     rng = _generator(seed, split)
     drawn_count, drawn_shot = int(rng.choice([1, 2], p=[0.75, 0.25])), _pick(rng, SHOTS)
@@ -229,9 +239,9 @@ def sample_pair(
     shot: str | None = None,
     same_ground: bool = False,
 ) -> tuple[Scene, Scene]:
-    """Return a reference scene and its motion under other looks: no colour or shape stays, nor the background.
+    """Return a reference scene and its motion with another appearance: every colour, shape and the background differ.
 
-    With `same_ground` the background does stay.
+    With `same_ground` the background is the same.
     """
     reference = sample_scene(seed, split, sprites=sprites, shot=shot)
     rng = _generator(seed, split, purpose=1)
@@ -266,7 +276,7 @@ def _sample_background(rng: np.random.Generator) -> Background:
 
 
 def _sample_appearances(rng: np.random.Generator, background: Background, count: int) -> list[Appearance]:
-    """Return looks whose colours and shapes all differ, in colours that stand out from the background."""
+    """Return appearances whose colours and shapes all differ, in colours that contrast with the background."""
     colours = [colour for colour in COLOURS if colour not in GROUNDS[background.name].hidden_colours]
     chosen = [colours[index] for index in rng.permutation(len(colours))[:count]]
     shapes = [tuple(SHAPES)[index] for index in rng.permutation(len(SHAPES))[:count]]
@@ -274,9 +284,9 @@ def _sample_appearances(rng: np.random.Generator, background: Background, count:
 
 
 def _sample_paths(rng: np.random.Generator, count: int) -> list[Path]:
-    """Return paths that start and end apart; on the way they may cross."""
+    """Return paths whose start and end points do not overlap; they may cross in between."""
     if count not in (1, 2):
-        raise ValueError(f"A scene is sampled with 1 or 2 sprites, not {count}.")
+        raise WorldError(f"{count} sprites came, expected 1 or 2.", code="world-sprites-invalid")
     radii = (12.0, 18.0) if count == 1 else (10.0, 13.0)
     while True:
         paths = [_sample_path(rng, *radii) for _ in range(count)]
@@ -292,7 +302,7 @@ def _gap(one: Path, other: Path) -> float:
 
 
 def _sample_path(rng: np.random.Generator, smallest: float, largest: float) -> Path:
-    """Return a path of 15 to 40 units whose ends lie inside the picture and which bends to its middle."""
+    """Return a path of 15 to 40 units with both ends inside the picture, bent towards its centre."""
     grows, bends, speeds = rng.random(3) < (0.35, 0.4, 0.4)
     first, last = rng.uniform(smallest, largest, 2)
     radius = (float(first), float(last if grows else first))
@@ -326,7 +336,7 @@ def _sample_camera(rng: np.random.Generator, shot: str) -> Camera:
 
 # ---- the sprites
 # Signed distances are in units of the radius, negative inside, for points measured from the sprite's centre.
-# Every shape's centre of gravity is its centre.
+# Every shape's centroid is its centre.
 
 
 def _ball(x: Array, y: Array) -> Array:
@@ -352,7 +362,7 @@ def _cross(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    """Fold the plane onto half of the upper tip (angles clockwise from up), then measure from its edge."""
+    """Fold the plane onto half of the upper tip (angles clockwise from up), then measure the distance to its edge."""
     up = -y
     for mirror in (0.4 * np.pi, 0.2 * np.pi):
         x = np.abs(x)
@@ -371,18 +381,18 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "ring": _ring,
     "cross": _cross,
 }
-"""Per shape word: its signed distance. All shapes fit in a circle of `REACH` radii."""
+"""Signed distance functions by shape word. All shapes fit in a circle of `REACH` radii."""
 REACH = 1.25
 
 
 PATTERN_STRENGTH = 0.6
-"""Of a texture's second colour: weak enough that a texture does not hide the shape."""
+"""Opacity of a texture's second colour: low enough not to hide the shape."""
 
 
 def _pattern(texture: str, x: Array, y: Array, radius: Array) -> Array:
-    """Return how much of the pattern's colour each point [N] takes, in [0, 1]; `radius` [N] in pixels.
+    """Return the opacity of the pattern at each point [N], in [0, 1]; `radius` [N] in pixels.
 
-    Edges are one pixel wide. Stripes run diagonally, so that they show motion along both axes.
+    Edges are one pixel wide. Stripes are diagonal, so that they show motion along both axes.
     """
     if texture == "striped":
         return np.clip(0.5 + np.sin((x + y) * 7.2) * radius / 10.2, 0, 1)
@@ -397,8 +407,8 @@ def _pattern(texture: str, x: Array, y: Array, radius: Array) -> Array:
 def _sprite_colours(look: Appearance, x: Array, y: Array, depth: Array, radius: Array) -> Array:
     """Return the RGB [N, 3] of points: pattern, strong light from the upper left, a dark rim one pixel wide.
 
-    The light makes every part of a sprite look a little different, so that its motion can be seen.
-    `depth` [N] and `radius` [N] are in pixels.
+    The shading makes every part of a sprite distinguishable, so that its motion is visible. `depth` [N] and
+    `radius` [N] are in pixels.
     """
     colour, accent = np.array(COLOURS[look.colour], np.float32)
     light = np.clip(0.88 - 0.32 * (x + y), 0.45, 1.15) * np.clip(0.25 + 0.5 * depth, 0.45, 1)
@@ -407,7 +417,7 @@ def _sprite_colours(look: Appearance, x: Array, y: Array, depth: Array, radius: 
 
 
 # ---- the backgrounds
-# Textures are [S, S, 3] RGB with S = GROUND_UNITS * TEXELS, seamless in both directions.
+# Textures are [S, S, 3] RGB with S = GROUND_UNITS * TEXELS, and tile seamlessly.
 
 GROUND_UNITS = 256
 """Period of a background in world units."""
@@ -432,7 +442,7 @@ def _blur(plane: Array, wide: float, tall: float) -> Array:
 
 
 def _noise(rng: np.random.Generator, wide: float, tall: float) -> Array:
-    """Return smooth noise [S, S] of mean 0 and deviation 1, with grains of these sizes in world units."""
+    """Return smooth noise [S, S] of mean 0 and standard deviation 1, with grains of these sizes in world units."""
     size = GROUND_UNITS * TEXELS
     grains = _blur(rng.standard_normal((size, size)), wide, tall)
     return (grains - grains.mean()) / grains.std()
@@ -473,10 +483,10 @@ def _bricks(rng: np.random.Generator) -> Array:
 
 
 def _courses(rng: np.random.Generator, rows: int, columns: int) -> tuple[Array, Array]:
-    """Lay rows of pieces whose joints do not line up, so that no two places look alike.
+    """Lay rows of pieces with irregular joints, so that no two places look alike.
 
-    Returns for every texel its piece's tone in [0, 1], and how far past a joint it lies, to the right of an
-    upright one or below a level one, whichever is less, in world units.
+    Returns for every texel its piece's tone in [0, 1], and its distance in world units to the nearer of the vertical
+    joint on its left and the horizontal joint above.
     """
     x, y = _plane()
     tall, long = GROUND_UNITS / rows, GROUND_UNITS / columns
@@ -504,7 +514,7 @@ def _stone(rng: np.random.Generator) -> Array:
 def _cobbles(sites: Array, tones: Array) -> tuple[Array, Array, Array]:
     """Return for every texel the distances to its two nearest sites, in cells, and the nearest site's tone.
 
-    `sites` [C, C, 2] are places (y, x) within the cells of a torus of C x C cells.
+    `sites` [C, C, 2] are positions (y, x) within the cells of a torus of C x C cells.
     """
     x, y = (axis * len(sites) / GROUND_UNITS for axis in _plane())
     nearest = second = np.full((y.size, x.size), np.inf)
@@ -527,7 +537,7 @@ def _wood(rng: np.random.Generator) -> Array:
 
 @dataclass(frozen=True)
 class Ground:
-    """How a background is painted, and the sprite colours that are never sampled on it (hard to see)."""
+    """A background's painter, and the sprite colours that are not sampled on it for lack of contrast."""
 
     paint: Callable[[np.random.Generator], Array]
     hidden_colours: tuple[str, ...] = ()
@@ -548,18 +558,18 @@ BACKGROUNDS = tuple(GROUNDS)
 
 @cache
 def ground_texture(name: str) -> Array:
-    """Return the texture [S, S, 3] float32 RGB in 0..255, smooth enough to be sampled bilinearly."""
+    """Return the texture [S, S, 3] float32 RGB in 0..255, smooth enough for bilinear sampling."""
     rng = np.random.default_rng(np.random.SeedSequence(BACKGROUNDS.index(name), spawn_key=(len(SPLITS),)))
     painted = np.moveaxis(GROUNDS[name].paint(rng), -1, 0)
     return np.stack([_blur(plane, 0.4, 0.4) for plane in painted], axis=-1).astype(np.float32)
 
 
-# ---- the rendering
+# ---- rendering
 
 
 @dataclass(frozen=True)
 class _View:
-    """The sampling of a scene in time and space: frames, height and width in pixels."""
+    """Resolution of a rendering: frames, height and width in pixels."""
 
     frames: int
     height: int
@@ -571,12 +581,12 @@ class _View:
         return min(self.height, self.width) / PICTURE_UNITS
 
     @property
-    def middle(self) -> Array:
-        """The pixel coordinates (x, y) of the picture's middle."""
+    def centre(self) -> Array:
+        """The pixel coordinates (x, y) of the picture's centre."""
         return np.array([self.width - 1, self.height - 1]) / 2
 
     def scene_time(self, frame: Array) -> Array:
-        """Return scene times of pixel frames, which may lie between whole ones."""
+        """Return scene times of pixel frames, which may be fractional."""
         return frame / max(self.frames - 1, 1)
 
     def axes(self) -> tuple[Array, Array, Array]:
@@ -587,11 +597,11 @@ class _View:
 
 @dataclass(frozen=True, eq=False)
 class WorldClip:
-    """A rendered scene and its truth.
+    """A rendered scene with its ground truth.
 
-    `frames` [T, H, W, 3] uint8 RGB; `prompt` tells looks, not motion; `masks` [K, T, H, W] bool are the
-    visible pixels of each sprite; `trajectories` [K, T, 2] float32 are the sprites' centres (x, y) in pixels,
-    seen or not.
+    `frames` [T, H, W, 3] uint8 RGB; `prompt` describes the appearance, not the motion; `masks` [K, T, H, W] bool
+    are the visible pixels of each sprite; `trajectories` [K, T, 2] float32 are the sprites' centres (x, y) in
+    pixels, visible or not.
     """
 
     frames: NDArray[np.uint8]
@@ -612,10 +622,9 @@ class WorldClip:
 class TrueMotion:
     """The true motion of a clip on a grid of F latent frames of P patches (row by row).
 
-    `displacement` [F, F, P, 2] float32: of the surface point under the centre of patch p of frame i, the way
-    (dx, dy) to its place in frame j, in patches, at index [i, j, p]. `owner` [F, P]: the sprite under that
-    centre in frame i, -1 for background. `visible` [F, F, P] bool: that the point, in frame j, is inside the
-    picture and not covered.
+    `displacement` [F, F, P, 2] float32: at index [i, j, p] the displacement (dx, dy), in patches, from frame i to
+    frame j of the surface point at the centre of patch p. `owner` [F, P]: the sprite at that centre in frame i, -1
+    for background. `visible` [F, F, P] bool: whether the point is inside the picture and unoccluded in frame j.
     """
 
     displacement: NDArray[np.float32]
@@ -624,7 +633,7 @@ class TrueMotion:
 
 
 def render(scene: Scene, frames: int = 17, height: int = 64, width: int = 64) -> WorldClip:
-    """Return the clip of a scene: `frames` pictures evenly spaced over the scene's time."""
+    """Render a scene: `frames` pictures evenly spaced over the scene's time."""
     view = _View(frames, height, width)
     picture = _render_ground(scene, view)
     masks = np.zeros((len(scene.sprites), frames, height, width), bool)
@@ -634,14 +643,14 @@ def render(scene: Scene, frames: int = 17, height: int = 64, width: int = 64) ->
         frame, row, column = where
         masks[:index, frame, row, column] &= coverage <= 0.5
         masks[index, frame, row, column] = coverage > 0.5
-    centres = [sprite.path.centre(view.axes()[0]) * view.scale + view.middle for sprite in scene.sprites]
+    centres = [sprite.path.centre(view.axes()[0]) * view.scale + view.centre for sprite in scene.sprites]
     trajectories = np.array(centres, np.float32).reshape(-1, frames, 2)
     pixels = (np.clip(picture, 0, 255) + 0.5).astype(np.uint8)
     return WorldClip(pixels, prompt_of(scene), masks, trajectories, scene)
 
 
 def _render_ground(scene: Scene, view: _View) -> Array:
-    """Return the background [T, H, W, 3] in RGB; a resting camera's picture is rendered once."""
+    """Return the background [T, H, W, 3] in RGB; for a static camera it is rendered once."""
     time, x, y = view.axes()
     if scene.camera == Camera():
         time = time[:1]
@@ -666,7 +675,7 @@ def _bilinear(texture: Array, x: Array, y: Array) -> Array:
 
 
 def _neighbours(place: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
-    """Return the texels before and after world coordinates of any shape, and the share of the one after."""
+    """Return the texels before and after world coordinates of any shape, and the weight of the latter."""
     texel = place * TEXELS
     before = np.floor(texel)
     first, size = before.astype(np.int64), GROUND_UNITS * TEXELS
@@ -685,11 +694,11 @@ def _render_sprite(sprite: Sprite, view: _View) -> tuple[Pixels, Array, Array]:
     return (frame, row, column), np.clip(0.5 + depth, 0, 1), colours
 
 
-# ---- the true motion
+# ---- true motion
 
 
 def latent_frame_times(latent_frames: int, temporal_compression: int = 4) -> Array:
-    """Return for each latent frame [F] the middle of the pixel frames that it stands for, in pixel frames.
+    """Return for each latent frame [F] the mean of its pixel frames, in pixel frames.
 
     CogVideoX' causal autoencoder encodes pixel frame 0 alone and frames 4(f-1)+1 .. 4f as latent frame f, so
     the times of compression 4 are 0, 2.5, 6.5, 10.5 ...
@@ -701,25 +710,26 @@ def latent_frame_times(latent_frames: int, temporal_compression: int = 4) -> Arr
 def true_motion(
     scene: Scene, size: tuple[int, int, int], grid: tuple[int, int, int], temporal_compression: int = 4
 ) -> TrueMotion:
-    """Return where the point under each patch centre of each latent frame is in every latent frame.
+    """Return the displacement of the point at each patch centre of each latent frame to every latent frame.
 
     size: frames, height and width of the clip in pixels; grid: latent frames and patches along height and width.
-    A latent frame stands for the middle of its pixel frames, see `latent_frame_times`. Raises ValueError when the
-    latent frames do not span the clip.
+    A latent frame is at the mean time of its pixel frames, see `latent_frame_times`. Raises WorldError if the latent
+    frames do not span the clip.
     """
     (frames, height, width), (grid_frames, grid_height, grid_width) = size, grid
     if (grid_frames - 1) * temporal_compression + 1 != frames:
         expected = (frames - 1) / temporal_compression + 1
-        raise ValueError(
+        raise WorldError(
             f"{grid_frames} latent frames at temporal compression {temporal_compression} do not span "
-            f"a clip of {frames} frames: expected {expected:g} latent frames."
+            f"a clip of {frames} frames: expected {expected:g} latent frames.",
+            code="world-grid-mismatch",
         )
     view = _View(frames, height, width)
     time = view.scene_time(latent_frame_times(grid_frames, temporal_compression))
     patch = np.array([width / grid_width, height / grid_height])
     rows, columns = np.divmod(np.arange(grid_height * grid_width), grid_width)
     centres = (np.stack([columns, rows], axis=-1) + 0.5) * patch - 0.5
-    return _true_motion(scene, (centres - view.middle) / view.scale, time, view, patch)
+    return _true_motion(scene, (centres - view.centre) / view.scale, time, view, patch)
 
 
 def _true_motion(scene: Scene, points: Array, time: Array, view: _View, patch: Array) -> TrueMotion:
@@ -730,13 +740,14 @@ def _true_motion(scene: Scene, points: Array, time: Array, view: _View, patch: A
     before, after = time[:, None, None], time[None, :, None]
     start = points[None, None]
     owner = owner_at(scene, start, before)
-    way = _ground_way(scene.camera, start, before, after)
+    displacement = _ground_displacement(scene.camera, start, before, after)
     for index, sprite in enumerate(scene.sprites):
-        way = np.where((owner == index)[..., None], _sprite_way(sprite.path, start, before, after), way)
-    arrival = start + way
+        of_sprite = _sprite_displacement(sprite.path, start, before, after)
+        displacement = np.where((owner == index)[..., None], of_sprite, displacement)
+    arrival = start + displacement
     inside = (np.abs(arrival) * view.scale <= np.array([view.width, view.height]) / 2).all(axis=-1)
     visible = inside & (owner_at(scene, arrival, after) == owner)
-    return TrueMotion((way * view.scale / patch).astype(np.float32), owner[:, 0], visible)
+    return TrueMotion((displacement * view.scale / patch).astype(np.float32), owner[:, 0], visible)
 
 
 def owner_at(scene: Scene, points: Array, time: Array) -> NDArray[np.int64]:
@@ -753,7 +764,7 @@ def signed_distance(
 ) -> NDArray[np.float32]:
     """Return the distance [F, H, W] in pixels from a grid's cells to the nearest silhouette, negative inside it.
 
-    size and grid as in `near_sprites`; a latent frame is looked at in its middle, see `latent_frame_times`.
+    size and grid as in `near_sprites`; a latent frame is at its mean time, see `latent_frame_times`.
     """
     view = _View(*size)
     time = view.scene_time(latent_frame_times(grid[0], temporal_compression))
@@ -780,7 +791,7 @@ def near_sprites(
     """Return which cells [F, H, W] of a grid lie inside the circle around a sprite, holes and rim included.
 
     size: frames, height and width of the clip in pixels; grid: latent frames, and cells along height and width. A
-    latent frame stands for all its pixel frames: a cell counts if it is inside in one of them.
+    latent frame covers all its pixel frames: a cell counts if it is inside in one of them.
     """
     view, frames = _View(*size), size[0]
     time = view.scene_time(np.arange(frames, dtype=float))
@@ -793,12 +804,12 @@ def near_sprites(
     return np.stack([inside[latent_frame == frame].any(axis=0) for frame in range(grid[0])])
 
 
-def _sprite_way(path: Path, start: Array, before: Array, after: Array) -> Array:
+def _sprite_displacement(path: Path, start: Array, before: Array, after: Array) -> Array:
     growth = (path.size(after) / path.size(before) - 1)[..., None]
     return path.centre(after) - path.centre(before) + growth * (start - path.centre(before))
 
 
-def _ground_way(camera: Camera, start: Array, before: Array, after: Array) -> Array:
+def _ground_displacement(camera: Camera, start: Array, before: Array, after: Array) -> Array:
     enlarged = camera.magnification(after)[..., None]
     growth = enlarged / camera.magnification(before)[..., None] - 1
     return (camera.centre(before) - camera.centre(after)) * enlarged + growth * start
@@ -815,4 +826,4 @@ def _words() -> Iterator[str]:
 
 
 VOCABULARY = tuple(_words())
-"""Every word of every prompt, and the comma. Append only: tokenizers may number words by their place."""
+"""Every word of every prompt, and the comma. Append only: tokenizers may number words by their index."""

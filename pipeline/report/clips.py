@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ditflow.video import encode_video
+from ditflow.media.video import encode_video
 from pipeline.job import Job, References
 from pipeline.report.folder import ReportFolder
 from pipeline.report.rows import UsedReference

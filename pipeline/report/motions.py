@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ditflow.artifact import ArtifactError
-from ditflow.reference import MotionReference
+from ditflow.motion.reference import MotionReference
 from pipeline.manifest import READ_THREADS, output_key
 from pipeline.report.folder import ReportFolder, script
 from pipeline.store import StoreError, read_uri

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from pipeline.job import Job
 from pipeline.plan import Input
 from pipeline.stages.read import read_unchanged

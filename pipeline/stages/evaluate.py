@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ditflow.media.video import read_video
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import EvaluatedClip, NotMeasurableError
-from ditflow.video import read_video
 from pipeline import telemetry
 from pipeline.faults import EVALUATING
 from pipeline.job import Job

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ditflow.reference import extract_motion
+from ditflow.motion.reference import extract_motion
 from ditflow.settings import MethodSettings
 from pipeline import telemetry
 from pipeline.job import Job
@@ -34,21 +34,24 @@ class ExtractMotion:
 
     def __call__(self, row: Row) -> Row:
         """Replace the frames of a row by the URI of their motion."""
-        frames, known = row.pop("frames"), {"fps": row.pop("fps"), "notes": tuple(json.loads(row.pop("notes")))}
+        frames, mask = row.pop("frames"), row.pop("mask")
+        known = {"fps": row.pop("fps"), "notes": tuple(json.loads(row.pop("notes")))}
         key, seconds = motion_key(self._desk.job, row["motion_id"]), 0.0
         if json.loads(row["fault"]) is None and len(frames):
             try:
-                outcome, seconds = self._outcome(row, key, frames, known)
+                outcome, seconds = self._outcome(row, key, frames, mask if len(mask) else None, known)
             except Exception as error:
                 outcome = not_to_blame(error)
             row["fault"] = outcome.fault_json()
         return {**row, "amf_uri": self._desk.store.uri_of(key), "seconds_extract": seconds}
 
-    def _outcome(self, row: Row, key: str, frames: np.ndarray, known: Mapping[str, Any]) -> tuple[Outcome[None], float]:
+    def _outcome(
+        self, row: Row, key: str, frames: np.ndarray, mask: np.ndarray | None, known: Mapping[str, Any]
+    ) -> tuple[Outcome[None], float]:
         """Extract and store the motion; return how that ended, and after how many seconds."""
         work_id, method = row["motion_id"], self._desk.job.variants[variant_of(row)].method
         lighter, started = self._worker.lighter, time.perf_counter()
-        extract = partial(self._extract, key, frames, known, method)
+        extract = partial(self._extract, key, frames, mask, known, method)
         outcome: Outcome[None] = self._desk.attempt(work_id, extract, lighter=lighter)
         self._desk.ledger.end(work_id)
         seconds = time.perf_counter() - started
@@ -57,8 +60,10 @@ class ExtractMotion:
             telemetry.reference_extracted(self._desk.job.name)
         return outcome, seconds
 
-    def _extract(self, key: str, frames: np.ndarray, known: Mapping[str, Any], method: MethodSettings) -> None:
-        motion = extract_motion(self._worker.backbone, frames, method)
+    def _extract(
+        self, key: str, frames: np.ndarray, mask: np.ndarray | None, known: Mapping[str, Any], method: MethodSettings
+    ) -> None:
+        motion = extract_motion(self._worker.backbone, frames, method, mask)
         self._desk.store.put(key, replace(motion, **known).to_bytes())
 
 

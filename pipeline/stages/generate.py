@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from ditflow.bank import MotionBank
-from ditflow.reference import MotionReference
-from ditflow.settings import MethodSettings
+from ditflow.banks.bank import MotionBank
+from ditflow.media.video import encode_video
+from ditflow.motion.reference import MotionReference
+from ditflow.settings import MethodSettings, MotionSettings, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
-from ditflow.video import encode_video
 from pipeline import telemetry
 from pipeline.job import DEFAULT_FPS, Job
 from pipeline.logs import INFO, WARNING, event, is_debug
@@ -197,7 +197,7 @@ class FinishRow:
         """A bank, for videos of the size that the job asks for."""
         bank, size = self._banks.get(source), self._job.banks.size
         assert self._worker is not None
-        return bank if size is None else bank.resized(self._worker.backbone.geometry, size)
+        return bank if size is None else bank.resized(self._worker.backbone.layout, size)
 
     def _job_of(self, work: WorkRow) -> Job:
         """The job with the row's method alone, and with what a table says of the row."""
@@ -238,11 +238,14 @@ class FinishRow:
             "seed": work.seed,
             "variant": work.variant,
             "method": job.method.name,
-            "optimize": "zero-shot" if zero_shot else job.method.optimize if job.method.loss else None,
+            "optimize": "zero-shot" if zero_shot else job.method.optimize if job.method.has_loss else None,
             "model": job.model.path,
             "model_revision": self._revision,
             "spec_json": json.dumps(job.row_settings(), sort_keys=True),
             **(_extraction(row) if work.motion_id is not None else {}),
+            **(_motion(job.method.motion) if work.motion_id is not None and job.method.has_loss else {}),
+            "mask_uri": work.mask and work.mask.uri,
+            "mask_sha256": work.mask and work.mask.sha256,
         }
 
 
@@ -264,6 +267,12 @@ def _extraction(row: Row) -> Columns:
         "amf_uri": row["amf_uri"] if stored else None,
         **{key: row[key] for key in ("seconds_read", "seconds_extract")},
     }
+
+
+def _motion(motion: MotionSettings | None) -> Columns:
+    """The columns that tell where the motion target comes from."""
+    settings = settings_dict(motion or MotionSettings())
+    return {f"motion_{name}": json.dumps(settings[name], sort_keys=True) for name in ("source", "filters")}
 
 
 def _tell_of_end(record: Columns) -> None:

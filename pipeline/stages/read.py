@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ditflow.video import Clip, OversizedVideoError, read_video
+from ditflow.media.mask import read_mask
+from ditflow.media.video import Clip, OversizedVideoError, read_video
 from pipeline.cache import node_cache
 from pipeline.faults import READING
 from pipeline.job import Job, References
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 
 
 _NO_CLIP = Clip(np.zeros((0, 1, 1, 3), np.uint8), 0.0)
+_NO_MASK = np.zeros((0, 1, 1), np.uint8)
 
 
 class ChangedInputError(RuntimeError):
@@ -40,17 +42,19 @@ def motion_key(job: Job, motion_id: str) -> str:
 def read_reference(row: Row, job: Job) -> Row:
     """Decode the frames of a row's reference, unless its motion has been extracted before.
 
-    Adds frames (uint8 [T, H, W, 3], or no frames), fps, notes (JSON), seconds_read, and fault (JSON) if it failed.
+    Adds frames (uint8 [T, H, W, 3], or no frames), mask (uint8 [T or 1, H, W], or no frames), fps, notes (JSON),
+    seconds_read, and fault (JSON) if it failed.
     """
     started = time.perf_counter()
     try:
         outcome = _outcome(row, Desk(job, "read"))
     except Exception as error:
         outcome = not_to_blame(error)
-    clip = outcome.result or _NO_CLIP
+    clip, mask = outcome.result or (_NO_CLIP, _NO_MASK)
     return {
         **row,
         "frames": clip.frames,
+        "mask": mask,
         "fps": clip.fps,
         "notes": json.dumps(clip.notes),
         "seconds_read": time.perf_counter() - started,
@@ -58,21 +62,36 @@ def read_reference(row: Row, job: Job) -> Row:
     }
 
 
-def _outcome(row: Row, desk: Desk) -> Outcome[Clip]:
-    """Read the clip if it is needed, and return how that ended."""
+def _outcome(row: Row, desk: Desk) -> Outcome[tuple[Clip, np.ndarray]]:
+    """Read the clip and its mask if they are needed, and return how that ended."""
     if desk.store.exists(motion_key(desk.job, row["motion_id"])):
         return faultless()
     work = WorkRow.from_json(json.loads(row["work"])[0])
     work_id, started = f"{READING}{row['motion_id']}", time.perf_counter()
-    outcome: Outcome[Clip] = desk.attempt(work_id, lambda: _read_clip(work, desk.job))
+    outcome: Outcome[tuple[Clip, np.ndarray]] = desk.attempt(work_id, lambda: _read_clip_and_mask(work, desk.job))
     desk.ledger.end(work_id)
     desk.tell_of_end("reference_read", work_id, outcome, time.perf_counter() - started)
     return outcome
 
 
-def _read_clip(work: WorkRow, job: Job) -> Clip:
+def _read_clip_and_mask(work: WorkRow, job: Job) -> tuple[Clip, np.ndarray]:
     assert work.reference is not None
-    return read_clip(work.reference, job.with_own(work.own).references, job)
+    settings = job.with_own(work.own).references
+    clip = read_clip(work.reference, settings, job)
+    if work.mask is None:
+        return clip, _NO_MASK
+    with bounded_memory(settings.max_memory_bytes):
+        mask = read_mask(
+            read_unchanged(work.mask, job, settings.max_bytes),
+            frames=settings.frames,
+            height=settings.height,
+            width=settings.width,
+            start=settings.start,
+            stride=settings.stride,
+            fit=settings.fit,
+            name=work.mask.uri,
+        )
+    return clip, mask
 
 
 def read_clip(source: Input, settings: References, job: Job) -> Clip:

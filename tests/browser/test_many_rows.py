@@ -6,7 +6,7 @@ import pytest
 from gallery import add_many, clip, job_of, row
 
 from browser.conftest import until
-from ditflow.video import encode_video
+from ditflow.media.video import encode_video
 from pipeline.report import write_report
 from pipeline.report.rows import ROWS_PER_FILE
 from pipeline.store import Store

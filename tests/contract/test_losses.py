@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ditflow.losses import MOTION_LOSSES, MotionLoss
-from ditflow.reference import MotionReference
-from ditflow.settings import METHODS, MethodSettings, ModelDefaults
+from ditflow.motion.reference import MotionReference
+from ditflow.settings import METHODS, MethodSettings, ModelDefaults, MotionSettings
 from ditflow.types import CaptureKind, Features, QueriesKeys, TokenGrid
 
 GRID = TokenGrid(frames=3, height=4, width=5)
@@ -53,7 +53,7 @@ RANDOM = {"queries_keys": random_queries_keys, "features": lambda: Features(torc
 @pytest.fixture(params=sorted(MOTION_LOSSES))
 def loss(request) -> MotionLoss:
     method = MethodSettings(request.param).resolve(ModelDefaults(blocks=(1,)))
-    return MOTION_LOSSES[request.param].from_settings(method)
+    return method.make_loss()
 
 
 def texture(loss: MotionLoss, shifts: list[tuple[int, int]]):
@@ -141,3 +141,30 @@ def test_a_payload_from_a_file_gives_the_same_loss(loss):
     loaded = MotionReference.from_bytes(MotionReference(GRID, "model", loss.name, {0: payload}, None).to_bytes())
     capture = RANDOM[loss.captures]()
     assert loss(capture, payload, GRID) == loss(capture, loaded.payloads[0], GRID)
+
+
+def test_patches_without_weight_do_not_count(loss):
+    """Whatever they do: the loss is that of the others, and they get no gradient through their own features."""
+    weight = torch.ones(GRID.frames, GRID.patches)
+    weight[:, GRID.patches // 2 :] = 0
+    payload = loss.reference(texture(loss, RIGHT), GRID, weight)
+    whole = loss.reference(texture(loss, RIGHT), GRID)
+    capture = RANDOM[loss.captures]()
+    assert payload["weight"].shape[-1] == GRID.patches
+    assert loss(capture, payload, GRID) != loss(capture, whole, GRID)
+
+
+def test_equal_weights_are_no_weights(loss):
+    payload = loss.reference(texture(loss, RIGHT), GRID, torch.full((GRID.frames, GRID.patches), 0.5))
+    whole = loss.reference(texture(loss, RIGHT), GRID)
+    capture = RANDOM[loss.captures]()
+    torch.testing.assert_close(loss(capture, payload, GRID), loss(capture, whole, GRID))
+
+
+def test_a_weighted_payload_survives_its_file(loss):
+    payload = loss.reference(texture(loss, RIGHT), GRID, torch.rand(GRID.frames, GRID.patches))
+    motion = MotionSettings(filters=({"mask": {"object": 2}},)).resolve()
+    reference = MotionReference(GRID, "model", loss.name, {1: payload}, None, motion=motion)
+    loaded = MotionReference.from_bytes(reference.to_bytes())
+    assert loaded.motion == motion
+    assert all(torch.equal(loaded.payloads[1][part], tensor) for part, tensor in payload.items())

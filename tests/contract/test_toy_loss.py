@@ -16,8 +16,8 @@ import pytest
 from running import write_spec
 
 from ditflow.losses import MOTION_LOSSES
+from ditflow.media.video import probe_video, write_video
 from ditflow.registry import PLUGINS_VARIABLE
-from ditflow.video import probe_video, write_video
 from jobs.spec import SpecError, load_spec
 
 TESTS = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from running import run, write_spec
 from typer.testing import CliRunner
 
 import pipeline.graph
-from ditflow.bank import MotionBank
-from ditflow.video import probe_video
+from ditflow.banks.bank import MotionBank
+from ditflow.media.video import probe_video
 from jobs.cli import app
 from jobs.spec import load_spec
 from pipeline.faults import JobStoppedError

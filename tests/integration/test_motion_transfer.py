@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ditflow import backbones, transfer_motion
-from ditflow.mini.measure import look_at, track_cosine
+from ditflow.mini.measure import detect_sprite, track_cosine
 from ditflow.mini.world import prompt_of, render, sample_pair
 from ditflow.settings import MethodSettings
 
@@ -24,7 +24,7 @@ def mean_track_cosine(mini: backbones.Backbone, method: MethodSettings) -> float
         reference, target = sample_pair(seed, "eval", sprites=1)
         clip = render(reference)
         made = transfer_motion(mini, prompt_of(target), reference=clip.frames, method=method, seed=seed)
-        cosines.append(track_cosine(look_at(made.video), clip.trajectories[0]))
+        cosines.append(track_cosine(detect_sprite(made.video), clip.trajectories[0]))
     return float(np.mean(cosines))
 
 

@@ -12,7 +12,7 @@ from running import run, write_spec
 
 from benchmarks.banks import SIZE, learned_like, write_banks
 from ditflow.artifact import write_artifact
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from pipeline.catalogue import Catalogue
 from pipeline.manifest import Manifest
 from pipeline.store import Store

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ditflow.amf import displacement_error, hard_displacement, soft_displacement
+from ditflow.motion.amf import displacement_error, hard_displacement, soft_displacement
 from ditflow.types import QueriesKeys, TokenGrid, TokenGridError
 
 GRID = TokenGrid(frames=3, height=4, width=5)
@@ -121,9 +121,10 @@ def test_the_error_and_its_gradients_equal_the_plain_form_to_1e_12(share):
     attention = random_attention()
     query, key = attention.query.requires_grad_(), attention.key.requires_grad_()
     target = torch.randint(-3, 4, (GRID.frames, GRID.frames, GRID.patches, 2), dtype=torch.int8)
-    chosen = torch.rand(target.shape[:-1]) < share
-    error = displacement_error(attention, GRID, 2.0, target, chosen)
-    plain = (plain_soft_displacement(attention, GRID, 2.0) - target).square()[chosen].mean()
+    weight = (torch.rand(target.shape[:-1]) < share).double() * torch.rand(target.shape[:-1], dtype=torch.float64)
+    error = displacement_error(attention, GRID, 2.0, target, weight)
+    squares = (plain_soft_displacement(attention, GRID, 2.0) - target).square().mean(dim=-1)
+    plain = (squares * weight).sum() / weight.sum()
     torch.testing.assert_close(error, plain, rtol=1e-12, atol=1e-12)
     # A factor in front: the upstream gradient must be used.
     ours, expected = (torch.autograd.grad(3 * value, (query, key)) for value in (error, plain))
@@ -135,7 +136,7 @@ def test_the_error_without_gradient_is_the_same_number():
     attention = random_attention()
     target = torch.ones(GRID.frames, GRID.frames, GRID.patches, 2)
     with torch.no_grad():
-        error = displacement_error(attention, GRID, 2.0, target, target[..., 0] != 0)
+        error = displacement_error(attention, GRID, 2.0, target, (target[..., 0] != 0).float())
     torch.testing.assert_close(error, (plain_soft_displacement(attention, GRID, 2.0) - 1).square().mean())
 
 
@@ -161,7 +162,7 @@ def test_no_tensor_of_tokens_times_tokens_is_ever_made(form):
     target = torch.ones(grid.frames, grid.frames, grid.patches, 2)
     with Sizes() as sizes:
         if form == "error":
-            value = displacement_error(attention, grid, 2.0, target, target[..., 0] != 0)
+            value = displacement_error(attention, grid, 2.0, target, (target[..., 0] != 0).float())
         else:
             value = soft_displacement(attention, grid, 2.0).sum()
         torch.autograd.grad(value, (query, key))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny import FRAMES, SIZE
 
-from ditflow.artifact import ArtifactError, header_end, sealed, write_artifact
-from ditflow.bank import BankHeader, BankMismatchError, MotionBank
-from ditflow.compact import StepValues
+from ditflow.artifact import ArtifactError, header_end, update_hashes, write_artifact
+from ditflow.banks.bank import BankHeader, BankMismatchError, MotionBank
+from ditflow.banks.compression import StepOffsets
+from ditflow.errors import SettingsError
 from ditflow.motion import motion_statistics
-from ditflow.reference import MotionReference, extract_motion
-from ditflow.settings import MethodSettings, SamplingSettings, SettingsError, settings_dict
+from ditflow.motion.reference import MotionReference, extract_motion
+from ditflow.settings import MethodSettings, SamplingSettings, settings_dict
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.types import NonFiniteError, TokenGrid
 
@@ -169,25 +170,41 @@ def header_of(learned: Learned) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code"),
     [
-        (lambda learned: pickle.dumps([1.0]), "my.safetensors is not a safetensors file.*pickles are never read"),
-        (lambda learned: learned.data[: len(learned.data) // 2], "my.safetensors is not a safetensors file.*cut off"),
-        (lambda learned: learned.data[:-1], "my.safetensors is not a safetensors file.*cut off"),
-        (lambda learned: learned.reference.to_bytes(), "my.safetensors is no motion bank: it is motion reference"),
-        (
-            lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
-            "my.safetensors has motion bank format 1000.*reads format 4: upgrade ditflow",
-        ),
-        (
-            lambda learned: write_artifact("motion bank", 3, header_of(learned), {}),
-            "my.safetensors has motion bank format 3; this version reads format 4: make it again",
-        ),
-        (lambda learned: write_artifact("motion bank", 4, {"model": "x"}, {}), "incomplete or unknown motion bank"),
+        (lambda learned: pickle.dumps([1.0]), "artifact-not-safetensors"),
+        (lambda learned: learned.data[: len(learned.data) // 2], "artifact-not-safetensors"),
+        (lambda learned: learned.data[:-1], "artifact-not-safetensors"),
+        (lambda learned: learned.reference.to_bytes(), "artifact-wrong-kind"),
+        (lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}), "artifact-newer-format"),
+        (lambda learned: write_artifact("motion bank", 3, header_of(learned), {}), "artifact-older-format"),
+        (lambda learned: write_artifact("motion bank", 4, {"model": "x"}, {}), "artifact-damaged"),
     ],
     ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "older", "no-header"],
 )
-def test_another_file_is_refused_with_what_it_is(rotary, damage, message):
+def test_another_file_is_refused_with_what_it_is(rotary, damage, code):
+    with pytest.raises(ArtifactError, match=r"^my\.safetensors ") as caught:
+        MotionBank.from_bytes(damage(rotary), "my.safetensors")
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda learned: learned.data[:-1], "is not a safetensors file .*damaged, cut off.*pickles are never read"),
+        (lambda learned: learned.reference.to_bytes(), "is not a motion bank: it is a motion reference"),
+        (
+            lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
+            "has motion bank format 1000; this version reads format 4: upgrade ditflow",
+        ),
+        (
+            lambda learned: write_artifact("motion bank", 3, header_of(learned), {}),
+            "format 3.* reads format 4: make it",
+        ),
+    ],
+    ids=["not-safetensors", "wrong-kind", "newer", "older"],
+)
+def test_the_message_says_what_the_file_is_and_what_to_do(rotary, damage, message):
     with pytest.raises(ArtifactError, match=message):
         MotionBank.from_bytes(damage(rotary), "my.safetensors")
 
@@ -232,81 +249,81 @@ def bare(header: dict, tensors: bytes = b"") -> bytes:
 
 USED = {"frames": 9, "height": 32, "width": 32, "start": 0, "stride": 2, "fit": "crop"}
 DAMAGED = {
-    "no format": (lambda bank: with_header(bank, format=None), "format None, expected a number"),
-    "a grid of text": (lambda bank: with_header(bank, grid="abc"), "grid 'abc': expected three counts"),
-    "a grid of nothing": (lambda bank: with_header(bank, grid=[0, 4, 4]), "grid .*expected three counts"),
-    "a schedule of text": (lambda bank: with_header(bank, timesteps="999"), "timesteps '999': expected up to 1000"),
-    "a schedule of millions": (lambda bank: with_header(bank, timesteps=[0] * 10**6), "timesteps .*up to 1000"),
-    "steps of text": (lambda bank: with_header(bank, steps="4"), "steps '4': expected a count"),
-    "losses of text": (lambda bank: with_header(bank, losses=["ab"]), "losses .*expected a list of numbers"),
-    "losses of NaN": (lambda bank: with_header(bank, losses=[[math.nan]]), "losses .*expected a list of numbers"),
-    "a step without losses": (lambda bank: with_header(bank, losses=[[]]), "losses .*expected a list of numbers"),
-    "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5: expected a text"),
-    "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance .*three counts"),
-    "an unknown field": (lambda bank: with_header(bank, colour="red"), "incomplete or unknown"),
-    "a tensor of no part": (lambda bank: renamed(bank, "positions"), "tensor 'positions', expected latents, flow"),
-    "a tensor of no form": (lambda bank: renamed(bank, "query.middle"), "expected latents, flow, or PART.whole"),
-    "latents without frames": (lambda bank: renamed(bank, "latents"), r"latents of shape \[2, 2\], expected 5 axes"),
-    "a flow without statistics": (lambda bank: with_flow(bank), "has motion None in its header, its flow has Motion"),
+    "no format": (lambda bank: with_header(bank, format=None), "format None"),
+    "a grid of text": (lambda bank: with_header(bank, grid="abc"), "grid 'abc'"),
+    "a grid of nothing": (lambda bank: with_header(bank, grid=[0, 4, 4]), "grid "),
+    "a schedule of text": (lambda bank: with_header(bank, timesteps="999"), "timesteps '999'"),
+    "a schedule of millions": (lambda bank: with_header(bank, timesteps=[0] * 10**6), "timesteps "),
+    "steps of text": (lambda bank: with_header(bank, steps="4"), "steps '4'"),
+    "losses of text": (lambda bank: with_header(bank, losses=["ab"]), "losses "),
+    "losses of NaN": (lambda bank: with_header(bank, losses=[[math.nan]]), "losses "),
+    "a step without losses": (lambda bank: with_header(bank, losses=[[]]), "losses "),
+    "a model that is no text": (lambda bank: with_header(bank, model_revision=5), "model_revision 5"),
+    "a size of text": (lambda bank: with_header(bank, provenance={"size": "9x32"}), "provenance "),
+    "an unknown field": (lambda bank: with_header(bank, colour="red"), "unknown motion bank header"),
+    "a tensor of no part": (lambda bank: renamed(bank, "positions"), "tensor 'positions'"),
+    "a tensor of no form": (lambda bank: renamed(bank, "query.middle"), "tensor 'query.middle'"),
+    "latents without frames": (lambda bank: renamed(bank, "latents"), r"latents of shape \[2, 2\]"),
+    "a flow without statistics": (lambda bank: with_flow(bank), "motion None .* Motion"),
     "statistics without a flow": (
-        lambda bank: with_header(bank, motion=motion_of(bank)), "has motion Motion.* in its header, its flow has None"
+        lambda bank: with_header(bank, motion=motion_of(bank)), "motion Motion.* None"
     ),
     "statistics of another flow": (
-        lambda bank: with_flow(bank, motion={**motion_of(bank), "moving": 0.5}), "has motion .*moving=0.5.*its flow has"
+        lambda bank: with_flow(bank, motion={**motion_of(bank), "moving": 0.5}), "motion .*moving=0.5"
     ),
-    "statistics of text": (lambda bank: with_header(bank, motion="fast"), "motion 'fast': expected five numbers"),
-    "a statistic too few": (lambda bank: with_header(bank, motion={"moving": 1}), "motion .*expected five numbers"),
+    "statistics of text": (lambda bank: with_header(bank, motion="fast"), "motion 'fast'"),
+    "a statistic too few": (lambda bank: with_header(bank, motion={"moving": 1}), "motion "),
     "a flow of another grid": (
-        lambda bank: renamed(bank, "flow", 2, 15, 2), r"flow torch.float32 \[2, 15, 2\], expected int8 \[2, 16, 2\]"
+        lambda bank: renamed(bank, "flow", 2, 15, 2), r"flow torch.float32 \[2, 15, 2\].* \[2, 16, 2\]"
     ),
-    "a flow of fractions": (lambda bank: renamed(bank, "flow", 2, 16, 2), "flow torch.float32 .*expected int8"),
-    "a tag that is no text": (lambda bank: with_header(bank, tags=[1]), "tags .*expected up to 1000 texts"),
-    "a seed of text": (lambda bank: with_header(bank, provenance={"seed": "1"}), "provenance .*expected a mapping"),
+    "a flow of fractions": (lambda bank: renamed(bank, "flow", 2, 16, 2), "flow torch.float32 "),
+    "a tag that is no text": (lambda bank: with_header(bank, tags=[1]), "tags "),
+    "a seed of text": (lambda bank: with_header(bank, provenance={"seed": "1"}), "provenance "),
     "a reference of no frames": (
         lambda bank: with_header(bank, provenance={"reference_video": {**USED, "frames": 0}}),
-        "provenance .*expected a mapping",
+        "provenance ",
     ),
     "a reference read by other words": (
         lambda bank: with_header(bank, provenance={"reference_video": {**USED, "name": "/etc/passwd"}}),
-        "provenance .*expected a mapping",
+        "provenance ",
     ),
-    "a rate of nothing": (lambda bank: with_header(bank, provenance={"fps": 0}), "provenance .*expected a mapping"),
-    "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query the tensors left torch.float32 \[2, 2\]"),
-    "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), r"expected numbers for 2 steps of"),
-    "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "numbers for 2 steps of"),
-    "a grid of a city": (lambda bank: with_header(bank, grid=[1000, 1000, 1000]), "grid .*at most 1000000 tokens"),
+    "a rate of nothing": (lambda bank: with_header(bank, provenance={"fps": 0}), "provenance "),
+    "a factor alone": (lambda bank: renamed(bank, "query.left"), r"for query .* left torch.float32 \[2, 2\]"),
+    "tokens of another grid": (lambda bank: renamed(bank, "query.whole", 2, 2, 3), "for query .* a 3x4x4 grid"),
+    "steps of another schedule": (lambda bank: renamed(bank, "query.whole", 1, 48, 3), "for query .* a 3x4x4 grid"),
+    "a grid of a city": (lambda bank: with_header(bank, grid=[1000, 1000, 1000]), "grid "),
     "a video of a year": (
-        lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid .*at most 128 frames"
+        lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid"
     ),
-    "moves along six axes": (lambda bank: factors(bank, "query", 6, 1), "for query .*3 of a token's move"),
-    "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive .*most 268435456 of"),
-    "a petabyte of nothing": (lambda bank: factors(bank, "additive", 2**50, 0), "for additive .*at most 268435456 of"),
+    "moves along six axes": (lambda bank: factors(bank, "query", 6, 1), "for query "),
+    "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive "),
+    "a petabyte of nothing": (lambda bank: factors(bank, "additive", 2**50, 0), "for additive "),
     "values of nothing": (lambda bank: factors(bank, "additive", 5, 0), "for additive"),
     "latents of no number": (lambda bank: renamed(bank, "latents", 1, 3, 0, 8, 8), r"latents torch.float32 \[1, 3, 0"),
     "latents of two clips": (lambda bank: renamed(bank, "latents", 2, 3, 4, 8, 8), r"latents torch.float32 \[2, 3"),
     "latents of a larger video": (lambda bank: renamed(bank, "latents", 1, 3, 1, 99, 8), r"latents torch.* 99, 8\]"),
-    "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "positions of query, expected"),
-    "no part": (lambda bank: with_header(bank), "positions of nothing, expected"),
+    "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "offsets of query"),
+    "no part": (lambda bank: with_header(bank), "offsets of nothing"),
     "an injection of no step": (
-        lambda bank: with_header(bank, injected_steps=0), "injected_steps 0: expected a count up to 1000, or null"
+        lambda bank: with_header(bank, injected_steps=0), "injected_steps 0"
     ),
-    "an error of 2": (lambda bank: with_header(bank, error=2), "error 2: expected a share"),
-    "versions of nothing": (lambda bank: with_header(bank, libraries=["torch"]), "libraries .*expected versions"),
+    "an error of 2": (lambda bank: with_header(bank, error=2), "error 2"),
+    "versions of nothing": (lambda bank: with_header(bank, libraries=["torch"]), "libraries "),
     "a header in pieces": (
-        lambda bank: rewritten(bank, lambda text: text.replace(b'{\\"error', b'[\\"error')), "that is no JSON "
+        lambda bank: rewritten(bank, lambda text: text.replace(b'{\\"error', b'[\\"error')), "not JSON"
     ),
-    "a header that is a list": (lambda bank: bare({"__metadata__": {"ditflow": "[1]"}}), r"no JSON object but \[1\]"),
-    "a header nested without end": (lambda bank: bare({"__metadata__": {"ditflow": "[" * 100_000}}), "is no JSON "),
-    "no header": (lambda bank: bare({"__metadata__": None}), "it is a safetensors file of other origin"),
+    "a header that is a list": (lambda bank: bare({"__metadata__": {"ditflow": "[1]"}}), r"header \[1\]"),
+    "a header nested without end": (lambda bank: bare({"__metadata__": {"ditflow": "[" * 100_000}}), "not JSON"),
+    "no header": (lambda bank: bare({"__metadata__": None}), "other origin"),
     "a tensor of an unknown type": (
         lambda bank: rewritten(bank, lambda text: text.replace(b'"F32"', b'"F99"')), "not a safetensors file"
     ),
     "a tensor of a rare type": (
         lambda bank: bare({"latents": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"ab"),
-        "not a safetensors file|no motion bank",
+        "not a safetensors file|not a motion bank",
     ),
     "a header of 9 megabytes": (
-        lambda bank: rewritten(bank, lambda text: text + b" " * 9 * 2**20), "a header of .* bytes, expected at most"
+        lambda bank: rewritten(bank, lambda text: text + b" " * 9 * 2**20), "a header of "
     ),
 }  # fmt: skip
 
@@ -323,9 +340,12 @@ def test_a_bank_with_a_value_that_is_not_finite_is_neither_read_nor_written(valu
     bank = small_bank()
     data = bank.to_bytes()
     at = data.index(struct.pack("<f", 0.5), header_end(data))
-    data = sealed(data[:at] + struct.pack("<f", value) + data[at + 4 :])
-    with pytest.raises(ArtifactError, match=r"^my.safetensors .*key.whole: 1 of 24 values are NaN or infinite"):
+    data = update_hashes(data[:at] + struct.pack("<f", value) + data[at + 4 :])
+    with pytest.raises(
+        ArtifactError, match=r"^my.safetensors .*key.whole: 1 of 24 values are NaN or infinite"
+    ) as caught:
         MotionBank.from_bytes(data, "my.safetensors")
+    assert caught.value.code == "artifact-not-finite"
     bank.parts["key"].whole[0, 0, 0] = value
     with pytest.raises(NonFiniteError, match=r"key.whole of the motion bank: 1 of 24"):
         bank.to_bytes()
@@ -367,7 +387,9 @@ def test_one_changed_byte_anywhere_is_refused(flip):
 def test_a_changed_byte_of_a_tensor_is_told_from_one_of_the_header():
     data = bytearray(small_bank().to_bytes())
     data[-1] ^= 1
-    with pytest.raises(ArtifactError, match="is damaged: the SHA-256 of its tensors is [0-9a-f]{64}, and it says"):
+    with pytest.raises(
+        ArtifactError, match="is damaged: the SHA-256 of its tensors is [0-9a-f]{64}, its header records"
+    ):
         MotionBank.from_bytes(bytes(data))
     data[-1] ^= 1
     place = data.index(b"0123")
@@ -386,15 +408,15 @@ def test_a_header_is_read_from_the_beginning_of_a_file_and_refused_by_itself():
         with pytest.raises(ArtifactError):
             MotionBank.read_header(bytes(changed), size=len(data))
     for wrong in (len(data) - 1, len(data) + 1):
-        with pytest.raises(ArtifactError, match=f"has {wrong} bytes, its header speaks of {len(data)}"):
+        with pytest.raises(ArtifactError, match=f"has {wrong} bytes, expected {len(data)}"):
             MotionBank.read_header(start, size=wrong)
 
 
-def test_a_sealed_file_is_whole_again():
+def test_a_file_with_updated_hashes_is_read_again():
     whole = small_bank().to_bytes()
     data = bytearray(whole)
     data[header_end(whole)] ^= 1
-    assert MotionBank.from_bytes(sealed(bytes(data))).to_bytes() == sealed(bytes(data))
+    assert MotionBank.from_bytes(update_hashes(bytes(data))).to_bytes() == update_hashes(bytes(data))
 
 
 # ---------------------------------------------------------------------- motion
@@ -410,7 +432,7 @@ def test_a_bank_keeps_the_consecutive_flow_of_its_reference_and_what_it_comes_to
 
 
 @pytest.mark.parametrize(
-    "method", [replace(METHOD, name="smm"), replace(METHOD, reference_flow="soft")], ids=["smm", "soft"]
+    "method", [replace(METHOD, name="smm"), replace(METHOD, loss={"reference_flow": "soft"})], ids=["smm", "soft"]
 )
 def test_a_loss_without_a_hard_displacement_leaves_no_flow(rotary_backbone, moving_video, method):
     reference = extract_motion(rotary_backbone, moving_video, replace(method, learning_rate=(0.01, 0.01)))
@@ -476,9 +498,10 @@ def test_a_bank_moves_the_video_of_another_prompt(learned, backbone):
 
 def test_another_model_revision_is_refused(rotary, rotary_backbone):
     stranger = replace(rotary.bank, header=replace(rotary.bank.header, model_revision="other"))
-    expected = f"model revision is other, the generation's is {rotary_backbone.revision}.*with tiny-rotary"
-    with pytest.raises(BankMismatchError, match=expected):
+    expected = f"model revision is other, the generation's is {rotary_backbone.revision}.*of tiny-rotary.*build a bank"
+    with pytest.raises(BankMismatchError, match=expected) as caught:
         generate(rotary_backbone, stranger)
+    assert (caught.value.code, caught.value.key) == ("bank-model-revision", "model.path")
 
 
 WIDER = (FRAMES + 4, SIZE, SIZE + 16)
@@ -491,10 +514,10 @@ def by_coordinates(backbone, moving_video) -> Learned:
 
 def test_a_bank_of_coordinates_moves_videos_of_another_size_when_it_is_stretched(by_coordinates, backbone):
     bank = by_coordinates.bank
-    other = bank.resized(backbone.geometry, WIDER)
+    other = bank.resized(backbone.layout, WIDER)
     made = generate(backbone, other, by_coordinates.method, size=WIDER)
     unmoved = replace(
-        other, parts={part: StepValues(torch.zeros_like(v.every_step())) for part, v in other.parts.items()}
+        other, parts={part: StepOffsets(torch.zeros_like(v.all_steps())) for part, v in other.parts.items()}
     )
     assert made.video is not None and made.video.shape == (*WIDER, 3)
     still = generate(backbone, unmoved, by_coordinates.method, size=WIDER)
@@ -507,7 +530,7 @@ def test_a_bank_of_coordinates_moves_videos_of_another_size_when_it_is_stretched
 
 
 def test_a_bank_that_was_stretched_is_still_read_as_one(by_coordinates, backbone):
-    other = by_coordinates.bank.resized(backbone.geometry, WIDER)
+    other = by_coordinates.bank.resized(backbone.layout, WIDER)
     again = MotionBank.from_bytes(other.to_bytes())
     assert_same_positions(again, other)
     assert again.header == other.header
@@ -515,36 +538,42 @@ def test_a_bank_that_was_stretched_is_still_read_as_one(by_coordinates, backbone
 
 def test_its_own_size_stretches_nothing(by_coordinates, backbone):
     bank = by_coordinates.bank
-    same = bank.resized(backbone.geometry, CLIP)
+    same = bank.resized(backbone.layout, CLIP)
     for step in range(GUIDED_STEPS):
         torch.testing.assert_close(same.change(step), bank.change(step))
     torch.testing.assert_close(same.latents, bank.latents)
 
 
 def test_free_positions_are_not_stretched(rotary, rotary_backbone):
-    with pytest.raises(BankMismatchError, match="free positions of a 3x4x4 grid.*optimize: coordinates"):
-        rotary.bank.resized(rotary_backbone.geometry, WIDER)
-    assert rotary.bank.resized(rotary_backbone.geometry, CLIP) is rotary.bank, "their own size is no other"
+    with pytest.raises(BankMismatchError, match="free positions of a 3x4x4 grid.*optimize: coordinates") as caught:
+        rotary.bank.resized(rotary_backbone.layout, WIDER)
+    assert (caught.value.code, caught.value.key) == ("bank-not-resizable", "banks.size")
+    assert rotary.bank.resized(rotary_backbone.layout, CLIP) is rotary.bank, "their own size is no other"
 
 
 def test_a_bank_is_stretched_to_no_size_that_the_model_cannot_do(by_coordinates, backbone):
     with pytest.raises(SettingsError, match="width.*multiple of"):
-        by_coordinates.bank.resized(backbone.geometry, (FRAMES, SIZE, SIZE + 1))
+        by_coordinates.bank.resized(backbone.layout, (FRAMES, SIZE, SIZE + 1))
 
 
 def test_another_grid_is_refused(rotary, rotary_backbone):
-    with pytest.raises(BankMismatchError, match="token grid is 3x4x4, the generation's is 3x4x5.*build a bank"):
+    with pytest.raises(BankMismatchError) as caught:
         generate(rotary_backbone, rotary.bank, size=(FRAMES, SIZE, SIZE + 8))
+    assert caught.value.code == "bank-token-grid"
 
 
 def test_another_number_of_steps_is_refused(rotary, rotary_backbone):
-    with pytest.raises(BankMismatchError, match="number of denoising steps is 4, the generation's is 5"):
+    with pytest.raises(BankMismatchError) as caught:
         generate(rotary_backbone, rotary.bank, sampling=SamplingSettings(steps=5))
+    assert (caught.value.code, caught.value.key) == ("bank-steps", "sampling.steps")
 
 
 def test_more_guided_steps_than_the_bank_has_positions_are_refused(rotary, rotary_backbone):
-    with pytest.raises(BankMismatchError, match="guided steps"):
+    with pytest.raises(
+        BankMismatchError, match="has positions for 2 guided steps, the generation asks for 3"
+    ) as caught:
         generate(rotary_backbone, rotary.bank, replace(METHOD, guided_steps=GUIDED_STEPS + 1))
+    assert (caught.value.code, caught.value.key) == ("bank-guided-steps", "method.guided_steps")
 
 
 def test_a_bank_without_latents_is_refused_for_injection_and_serves_without(rotary, rotary_backbone):

@@ -14,7 +14,7 @@ from PIL import Image
 from test_cli import ditflow, errors_of, lines_of
 
 from ditflow.artifact import write_artifact
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from pipeline.store import Store, StoreUnwritableError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ditflow.losses.moft import MotionFeatureLoss, motion_channels
-from ditflow.losses.motionclone import TemporalAttentionLoss, temporal_attention
+from ditflow.losses.motionclone import temporal_attention
 from ditflow.losses.smm import SpaceTimeMeanLoss
 from ditflow.settings import MethodSettings, ModelDefaults
 from ditflow.types import Features, QueriesKeys, StaticReferenceError, TokenGrid, TokenGridError
@@ -62,7 +62,7 @@ def test_smm_official_takes_the_references_anchors_and_cosines_over_time():
     reference, generated = random_features(), random_features()
     m, g = by_frame(reference).mean(1), by_frame(generated).mean(1)
     terms = [1 - cosine(g[:, c] - m[i, c], m[:, c] - m[i, c]) for i in FRAMES for c in range(m.shape[1])]
-    loss = SpaceTimeMeanLoss.from_settings(MethodSettings("smm", preset="official"))
+    loss = MethodSettings("smm", preset="official").make_loss()
     assert loss(generated, loss.reference(reference, GRID), GRID).item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_motionclone_compares_the_largest_entry_of_every_row(other_frames):
         row = [-1.0 if other_frames and j == i else a[h, p, i, j] for j in FRAMES]
         j = int(np.argmax(row))
         terms.append((a[h, p, i, j] - b[h, p, i, j]) ** 2)
-    loss = TemporalAttentionLoss.from_settings(MethodSettings("motionclone", other_frames=other_frames))
+    loss = MethodSettings("motionclone", loss={"other_frames": other_frames}).make_loss()
     assert loss(generated, loss.reference(reference, GRID), GRID).item() == pytest.approx(np.mean(terms), rel=1e-4)
 
 
@@ -148,5 +148,5 @@ def test_every_method_of_the_comparison_has_its_settings():
     defaults = ModelDefaults(blocks=(1,))
     for name in ("smm", "moft", "motionclone", "ditflow"):
         method = MethodSettings(name).resolve(defaults)
-        assert method.loss == name
+        assert method.has_loss
         assert method.injects

@@ -155,7 +155,7 @@ def test_a_cache_that_cannot_be_written_is_gone_without_and_said_once(unusable, 
     assert folder_revision(mini_folder("mini")) == folder_revision(mini_folder("mini"))
     (warning,) = caplog.messages
     assert warning.startswith(
-        f"the cache {unusable} cannot be used (Not a directory): going on without it. Set DITFLOW"
+        f"the cache {unusable} cannot be used (Not a directory): continuing without it. Set DITFLOW"
     )
 
 

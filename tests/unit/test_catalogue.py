@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import handmade_bank
 
-from ditflow.bank import MotionBank
+from ditflow.banks.bank import MotionBank
 from pipeline.bank_files import check_banks, copy_banks
 from pipeline.catalogue import (
     INDEX_KEY,
@@ -177,7 +177,7 @@ def test_files_that_are_no_banks_are_left_out_with_the_reason(banks):
     contents = banks.refresh()
     assert contents.table["id"].to_pylist() == ["left", "right", "up"]
     assert sorted(contents.refused) == [f"{name}.safetensors" for name in ("cut", "damaged", "empty", "text")]
-    assert "its header speaks of" in contents.refused["cut.safetensors"]
+    assert "by its header: it is damaged or cut off" in contents.refused["cut.safetensors"]
     assert "the SHA-256 of its header" in contents.refused["damaged.safetensors"]
 
 

@@ -23,9 +23,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ditflow import backbones
-from ditflow.bank import MotionBank
-from ditflow.reference import MotionReference
-from ditflow.video import probe_video, read_video, write_video
+from ditflow.banks.bank import MotionBank
+from ditflow.media.video import probe_video, read_video, write_video
+from ditflow.motion.reference import MotionReference
 from jobs import cli
 from jobs.cli import app
 from jobs.doctor import examine
@@ -114,7 +114,7 @@ def made(request, clips, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_the_rendered_clips_are_videos_of_the_models_size_with_a_prompt_beside_each(clips):
-    size = backbones.identify("mini").geometry.sample_size
+    size = backbones.identify("mini").layout.trained_size
     assert [(info.frames, info.height, info.width) for info in map(probe_video, clips)] == [size, size]
     assert all(clip.with_suffix(".txt").read_text().strip() for clip in clips)
     assert clips[0].read_bytes() != clips[1].read_bytes()
@@ -334,7 +334,7 @@ def test_extract_writes_the_motion_of_a_clip_and_says_what_it_found(clips, tmp_p
 
 
 def test_extract_draws_the_motion_into_a_png(clips, tmp_path):
-    pytest.importorskip("ditflow.plot")
+    pytest.importorskip("ditflow.media.plot")
     result = ditflow("extract", clips[0], "-o", tmp_path / "a", "--plot", tmp_path / "amf.png", *SIZE)
     assert (tmp_path / "amf.png").read_bytes().startswith(b"\x89PNG")
     assert "amf.png" in result.stderr
@@ -404,7 +404,7 @@ def test_a_bank_of_coordinates_moves_a_video_of_another_size(clips, tmp_path):
 def test_a_bank_of_free_positions_is_refused_for_another_size(made, tmp_path):
     options = ("--bank", made.bank, "--model", made.model, *FEW_STEPS, "--width", 2 * WIDTH)
     (said,) = errors_of(ditflow("transfer", *options, PROMPT, "-o", tmp_path / "out.mp4", status=2))
-    assert "cannot be stretched" in said
+    assert "cannot be resized" in said
     assert "optimize: coordinates" in said
 
 
@@ -517,7 +517,7 @@ def test_a_file_that_is_no_bank_is_one_clear_line_and_status_2(bad, name):
 def test_a_motion_is_no_bank(clips, tmp_path):
     ditflow("extract", clips[0], "-o", tmp_path / "amf", *SIZE)
     (said,) = errors_of(ditflow("transfer", "--bank", tmp_path / "amf", PROMPT, status=2))
-    assert "no motion bank: it is motion reference" in said
+    assert "is not a motion bank: it is a motion reference" in said
 
 
 @pytest.mark.parametrize("option", ["-o", "--plot", "--picture", "--save-bank"])

@@ -21,6 +21,7 @@ from ditflow.metrics.clip_similarity import (
     prompt_similarity,
     read_text_limit,
 )
+from ditflow.metrics.errors import MetricInputError
 from jobs.cli import _to_measure
 from pipeline.job import Job, Output
 from pipeline.manifest import Manifest
@@ -195,16 +196,17 @@ def change_config(folder, text_config=None, **values):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent is no folder.*never downloaded"):
+    with pytest.raises(ValueError, match="absent is not a folder.*never downloaded"):
         ClipModel(tmp_path / "absent")
-    with pytest.raises(ValueError, match="openai/clip-vit-base-patch32 is no folder"):
+    with pytest.raises(MetricInputError) as caught:
         ClipModel("openai/clip-vit-base-patch32")
+    assert (caught.value.code, caught.value.key) == ("clip-folder-missing", "metrics.clip")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["config.json"], r"no CLIP folder: it lacks config\.json\. Pass"),
+        (["config.json"], r"not a CLIP folder: it lacks config\.json\. Pass"),
         (["model.safetensors"], r"it lacks model\.safetensors or model\.safetensors\.index\.json\. Pass"),
         (["vocab.json"], r"it lacks tokenizer\.json or vocab\.json and merges\.txt\. Pass"),
         (["merges.txt"], r"it lacks tokenizer\.json or vocab\.json and merges\.txt\. Pass"),
@@ -218,8 +220,9 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_folder_without_a_part_is_refused(copy, files, message):
     for file in files:
         (copy / file).unlink()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MetricInputError, match=message) as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-folder-incomplete"
 
 
 class Marker:
@@ -235,8 +238,11 @@ class Marker:
 def test_weights_only_as_a_pickle_are_refused_unread(copy, tmp_path):
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "marker")))
-    with pytest.raises(ValueError, match=r"only as pytorch_model\.bin, expected model\.safetensors.*save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"only as pytorch_model\.bin, expected model\.safetensors.*save_pretrained"
+    ) as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-weights-pickled"
     assert not (tmp_path / "marker").exists()
 
 
@@ -253,25 +259,28 @@ def test_code_in_the_folder_is_not_run(copy, tmp_path):
 
 def test_another_model_is_refused(copy):
     change_config(copy, model_type="siglip")
-    with pytest.raises(ValueError, match="model_type 'siglip', expected 'clip'"):
+    with pytest.raises(ValueError, match="model_type 'siglip', expected 'clip'") as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-folder-wrong-model"
 
 
 def test_weights_of_one_half_are_refused(copy):
     weights = load_file(copy / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith("text_model.")}
     save_file(kept, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack \d+ tensors, such as text_model\..*one half of CLIP only"):
+    with pytest.raises(ValueError, match=r"lack \d+ tensors, such as text_model\..*one half of CLIP only") as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-weights-incomplete"
 
 
 def test_weights_cut_short_or_of_another_size_are_refused(copy):
     change_config(copy, text_config={"hidden_size": 24})
-    with pytest.raises(ValueError, match=r"(?s)do not load \(.*\)\. .*another config\.json"):
+    with pytest.raises(ValueError, match=r"(?s)do not load \(.*\)\. .*damaged, or belongs to another config\.json"):
         ClipModel(copy)
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"(?s)do not load \(.*\)\. .*damaged"):
+    with pytest.raises(MetricInputError) as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-weights-damaged"
 
 
 def test_the_tokenizer_of_another_model_is_refused(copy):
@@ -280,8 +289,9 @@ def test_the_tokenizer_of_another_model_is_refused(copy):
         ClipModel(copy)
     change_config(copy, text_config={"eos_token_id": 2})
     (copy / "vocab.json").write_text(json.dumps(VOCABULARY | {"ab": END + 1}))
-    with pytest.raises(ValueError, match=f"has {END + 2} tokens .*, its text encoder {END + 1}"):
+    with pytest.raises(ValueError, match=f"has {END + 2} tokens .*, its text encoder {END + 1}") as caught:
         ClipModel(copy)
+    assert caught.value.code == "clip-tokenizer-mismatch"
 
 
 # --- frames
@@ -289,17 +299,18 @@ def test_the_tokenizer_of_another_model_is_refused(copy):
 
 @pytest.mark.parametrize("of", [lambda m, f: prompt_similarity(m, f, PROMPT), frame_consistency])
 @pytest.mark.parametrize(
-    ("frames", "message"),
+    ("frames", "code"),
     [
-        (np.zeros((5, SIDE, SIDE, 3), np.float32), r"float32 \[5, 32, 32, 3\].*multiplied by 255"),
-        (np.zeros((5, 3, SIDE, SIDE), np.uint8), r"uint8 \[5, 3, 32, 32\].*channels come last"),
-        (np.zeros((SIDE, SIDE, 3), np.uint8), r"expected uint8 \[T, H, W, 3\]"),
-        (np.zeros((0, SIDE, SIDE, 3), np.uint8), "0 frames came"),
+        (np.zeros((5, SIDE, SIDE, 3), np.float32), "frames-invalid"),
+        (np.zeros((5, 3, SIDE, SIDE), np.uint8), "frames-invalid"),
+        (np.zeros((SIDE, SIDE, 3), np.uint8), "frames-invalid"),
+        (np.zeros((0, SIDE, SIDE, 3), np.uint8), "frames-too-few"),
     ],
 )
-def test_frames_that_cannot_be_embedded_are_refused(model, of, frames, message):
-    with pytest.raises(ValueError, match=message):
+def test_frames_that_cannot_be_embedded_are_refused(model, of, frames, code):
+    with pytest.raises(MetricInputError) as caught:
         of(model, frames)
+    assert caught.value.code == code
 
 
 def test_one_frame_has_no_consistency(model):
@@ -310,7 +321,7 @@ def test_one_frame_has_no_consistency(model):
 def test_the_limit_of_a_folder_is_where_its_text_encoder_cuts(folder, model):
     limit, longest = read_text_limit(folder), "a b c d e f"
     assert (limit.tokens, limit.count([longest, longest + " g"])) == (POSITIONS, [POSITIONS, POSITIONS + 1])
-    assert limit.cut([longest, longest + " g"]) == {longest + " g": POSITIONS + 1}
+    assert limit.too_long([longest, longest + " g"]) == {longest + " g": POSITIONS + 1}
     assert torch.equal(model.embed_prompt(longest + " g"), model.embed_prompt(longest + " h"))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import FRAMES, SIZE, tiny_backbone
+from tiny import FRAMES, LEVEL, SIZE, own_position, tiny_backbone
 
 from ditflow.settings import ExecutionSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
@@ -13,7 +13,7 @@ BLOCKS = (0, 1)
 
 
 def noise(backbone, frames: int = FRAMES) -> torch.Tensor:
-    return torch.randn(backbone.latent_shape(frames, SIZE, SIZE))
+    return torch.randn(backbone.layout.latent_shape(frames, SIZE, SIZE))
 
 
 @pytest.mark.parametrize("kind", ["rotary", "additive", "temporal-patch"])
@@ -48,12 +48,12 @@ def test_plain_generation_equals_diffusers_own_pipeline(kind):
 
 
 def test_serial_and_batched_guidance_agree(backbone):
-    latents, position = noise(backbone), backbone.default_position(backbone.grid(noise(backbone)))
-    embeds = [backbone.encode_prompt(p) for p in ("a red ball", "")]
+    latents, position = noise(backbone), own_position(backbone, backbone.layout.grid(noise(backbone).shape))
+    embeds = [backbone.condition(p) for p in ("a red ball", "")]
     serial = tiny_backbone(backbone.name.removeprefix("tiny-"), execution=ExecutionSettings(cfg="serial"))
     for one, other in zip(
-        backbone.predict(latents, 500, embeds, position),
-        serial.predict(latents, 500, embeds, position),
+        backbone.predict(latents, LEVEL, embeds, position),
+        serial.predict(latents, LEVEL, embeds, position),
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -61,10 +61,10 @@ def test_serial_and_batched_guidance_agree(backbone):
 
 def test_captured_queries_and_keys_are_those_of_diffusers_processor(backbone, monkeypatch):
     """Record what diffusers' own processor gives to scaled_dot_product_attention, and compare."""
-    latents, embeds = noise(backbone), backbone.encode_prompt("a red ball")
-    grid = backbone.grid(latents)
-    position = backbone.default_position(grid)
-    captured = backbone.capture(latents, 500, embeds, BLOCKS, position)
+    latents, embeds = noise(backbone), backbone.condition("a red ball")
+    grid = backbone.layout.grid(latents.shape)
+    position = own_position(backbone, grid)
+    captured = backbone.capture(latents, LEVEL, embeds, BLOCKS, position)
     seen = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -85,9 +85,9 @@ def test_captured_queries_and_keys_are_those_of_diffusers_processor(backbone, mo
 
 def test_captured_features_are_the_blocks_output(backbone):
     """Record what diffusers' own blocks hand on, and compare."""
-    latents, embeds = noise(backbone), backbone.encode_prompt("a red ball")
-    position = backbone.default_position(backbone.grid(latents))
-    captured = backbone.capture(latents, 500, embeds, BLOCKS, position, captures="features")
+    latents, embeds = noise(backbone), backbone.condition("a red ball")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
+    captured = backbone.capture(latents, LEVEL, embeds, BLOCKS, position, what="features")
     outputs = []
     blocks = backbone.transformer.transformer_blocks
     handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output[0])) for block in blocks]
@@ -103,13 +103,13 @@ def test_captured_features_are_the_blocks_output(backbone):
 
 
 def test_capturing_features_computes_nothing_behind_the_block(backbone):
-    latents, embeds = noise(backbone), backbone.encode_prompt("")
-    position = backbone.default_position(backbone.grid(latents))
+    latents, embeds = noise(backbone), backbone.condition("")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
     ran = []
     blocks = backbone.transformer.transformer_blocks
     handles = [block.register_forward_pre_hook(lambda m, *_: ran.append(m)) for block in blocks]
     try:
-        backbone.capture(latents, 500, embeds, (0,), position, captures="features")
+        backbone.capture(latents, LEVEL, embeds, (0,), position, what="features")
         assert ran == [blocks[0]]
     finally:
         for handle in handles:
@@ -123,15 +123,15 @@ def test_checkpointing_changes_no_gradient_of_features(backbone):
         model = tiny_backbone(
             backbone.name.removeprefix("tiny-"), execution=ExecutionSettings(checkpointing=checkpointing)
         )
-        position = model.default_position(model.grid(latents))
-        captured = model.capture(latents, 500, model.encode_prompt(""), (1,), position, captures="features")
+        position = own_position(model, model.layout.grid(latents.shape))
+        captured = model.capture(latents, LEVEL, model.condition(""), (1,), position, what="features")
         gradients += torch.autograd.grad(captured[1].tokens.square().sum(), latents)
     torch.testing.assert_close(*gradients)
 
 
 def test_capture_computes_nothing_behind_the_guidance_block(backbone):
-    latents, embeds = noise(backbone), backbone.encode_prompt("")
-    position = backbone.default_position(backbone.grid(latents))
+    latents, embeds = noise(backbone), backbone.condition("")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
     ran = []
     blocks = backbone.transformer.transformer_blocks
     behind = [
@@ -143,9 +143,9 @@ def test_capture_computes_nothing_behind_the_guidance_block(backbone):
     ]
     handles = [module.register_forward_hook(lambda m, *_: ran.append(m)) for module in behind]
     try:
-        backbone.capture(latents, 500, embeds, (0,), position)
+        backbone.capture(latents, LEVEL, embeds, (0,), position)
         assert ran == []
-        backbone.predict(latents, 500, [embeds], position)
+        backbone.predict(latents, LEVEL, [embeds], position)
         assert len(ran) == len(behind)
     finally:
         for handle in handles:
@@ -153,7 +153,7 @@ def test_capture_computes_nothing_behind_the_guidance_block(backbone):
 
 
 def test_first_keys_values_computes_two_projections_of_block_0(backbone):
-    latents, embeds = noise(backbone), backbone.encode_prompt("")
+    latents, embeds = noise(backbone), backbone.condition("")
     ran = []
     attention = backbone.transformer.transformer_blocks[0].attn1
     names = {
@@ -164,31 +164,33 @@ def test_first_keys_values_computes_two_projections_of_block_0(backbone):
     }
     handles = [module.register_forward_hook(lambda m, *_: ran.append(names[m])) for module in names]
     try:
-        keys_values = backbone.first_keys_values(latents, 500, embeds)
+        keys_values = backbone.first_keys_values(latents, LEVEL, embeds)
     finally:
         for handle in handles:
             handle.remove()
     assert ran == ["k", "v"]
-    assert keys_values.key.shape == (1, backbone.grid(latents).tokens, 128)
+    assert keys_values.key.shape == (1, backbone.layout.grid(latents.shape).tokens, 128)
 
 
 def test_injecting_a_videos_own_keys_and_values_changes_nothing(backbone):
-    latents, embeds = noise(backbone), backbone.encode_prompt("a red ball")
-    position = backbone.default_position(backbone.grid(latents))
-    own = backbone.first_keys_values(latents, 500, embeds)
-    plain = backbone.predict(latents, 500, [embeds], position)[0]
-    torch.testing.assert_close(backbone.predict(latents, 500, [embeds], position, own)[0], plain, rtol=1e-4, atol=1e-5)
+    latents, embeds = noise(backbone), backbone.condition("a red ball")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
+    own = backbone.first_keys_values(latents, LEVEL, embeds)
+    plain = backbone.predict(latents, LEVEL, [embeds], position)[0]
+    torch.testing.assert_close(
+        backbone.predict(latents, LEVEL, [embeds], position, own)[0], plain, rtol=1e-4, atol=1e-5
+    )
     other = KeysValues(own.key, own.value.flip(1))
-    assert (backbone.predict(latents, 500, [embeds], position, other)[0] - plain).abs().max() > 1e-3
+    assert (backbone.predict(latents, LEVEL, [embeds], position, other)[0] - plain).abs().max() > 1e-3
 
 
 def test_injection_reaches_both_guidance_branches(backbone):
     latents = noise(backbone)
-    embeds = [backbone.encode_prompt(p) for p in ("a red ball", "")]
-    position = backbone.default_position(backbone.grid(latents))
-    other = backbone.first_keys_values(noise(backbone), 500, embeds[0])
-    plain = backbone.predict(latents, 500, embeds, position)
-    injected = backbone.predict(latents, 500, embeds, position, other)
+    embeds = [backbone.condition(p) for p in ("a red ball", "")]
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
+    other = backbone.first_keys_values(noise(backbone), LEVEL, embeds[0])
+    plain = backbone.predict(latents, LEVEL, embeds, position)
+    injected = backbone.predict(latents, LEVEL, embeds, position, other)
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain, injected, strict=True))
 
 
@@ -196,12 +198,12 @@ def test_nothing_of_ours_stays_in_the_model(backbone):
     transformer = backbone.transformer
     processors = [block.attn1.processor for block in transformer.transformer_blocks]
     weights = {name: weight.clone() for name, weight in transformer.state_dict().items()}
-    latents, embeds = noise(backbone).requires_grad_(), backbone.encode_prompt("")
-    position = backbone.default_position(backbone.grid(latents))
-    captured = backbone.capture(latents, 500, embeds, BLOCKS, position)
+    latents, embeds = noise(backbone).requires_grad_(), backbone.condition("")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
+    captured = backbone.capture(latents, LEVEL, embeds, BLOCKS, position)
     captured[1].key.sum().backward()
     with pytest.raises(RuntimeError):
-        backbone.predict(torch.randn(1, 3, 5, 8, 8), 500, [embeds], position)
+        backbone.predict(torch.randn(1, 3, 5, 8, 8), LEVEL, [embeds], position)
     assert [block.attn1.processor for block in transformer.transformer_blocks] == processors
     assert transformer.patch_embed.use_positional_embeddings == (
         not transformer.config.use_rotary_positional_embeddings
@@ -213,10 +215,10 @@ def test_nothing_of_ours_stays_in_the_model(backbone):
 
 
 def test_every_part_of_the_position_gets_its_own_gradient(backbone):
-    latents, embeds = noise(backbone), backbone.encode_prompt("")
-    position = backbone.default_position(backbone.grid(latents))
+    latents, embeds = noise(backbone), backbone.condition("")
+    position = own_position(backbone, backbone.layout.grid(latents.shape))
     position = {part: value.requires_grad_() for part, value in position.items()}
-    captured = backbone.capture(latents, 500, embeds, (1,), position)
+    captured = backbone.capture(latents, LEVEL, embeds, (1,), position)
     (captured[1].query * captured[1].key.roll(3, 0)).sum().backward()
     gradients = [value.grad for value in position.values()]
     assert all(gradient is not None and gradient.abs().min(dim=1).values.max() > 0 for gradient in gradients)
@@ -230,9 +232,9 @@ def test_checkpointing_gives_the_same_gradient(backbone, blocks):
     start = noise(backbone)
     for model in (backbone, checkpointed):
         latents = start.clone().requires_grad_()
-        position = model.default_position(model.grid(latents))
+        position = own_position(model, model.layout.grid(latents.shape))
         position = {part: value.requires_grad_() for part, value in position.items()}
-        captured = model.capture(latents, 500, model.encode_prompt(""), blocks, position)
+        captured = model.capture(latents, LEVEL, model.condition(""), blocks, position)
         sum((captured[b].query * captured[b].key.roll(3, 0)).sum() for b in blocks).backward()
         gradients.append([latents.grad, *(value.grad for value in position.values())])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -244,8 +246,8 @@ def test_checkpointing_recomputes_every_block_before_the_captured_one():
     calls = []
     checkpointed.transformer.transformer_blocks[0].ff.register_forward_hook(lambda *_: calls.append(0))
     latents = noise(checkpointed).requires_grad_()
-    position = checkpointed.default_position(checkpointed.grid(latents))
-    captured = checkpointed.capture(latents, 500, checkpointed.encode_prompt(""), (1,), position)
+    position = own_position(checkpointed, checkpointed.layout.grid(latents.shape))
+    captured = checkpointed.capture(latents, LEVEL, checkpointed.condition(""), (1,), position)
     assert len(calls) == 1
     captured[1].key.sum().backward()
     assert len(calls) == 2
@@ -255,7 +257,7 @@ def test_checkpointing_recomputes_every_block_before_the_captured_one():
 def test_latents_and_decoded_frames_agree_for_every_allowed_length(rotary_backbone, frames, latent_frames):
     video = np.random.default_rng(0).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
     latents = rotary_backbone.encode_video(video)
-    assert latents.shape == rotary_backbone.latent_shape(frames, 16, 16)
+    assert latents.shape == rotary_backbone.layout.latent_shape(frames, 16, 16)
     assert latents.shape[1] == latent_frames
     assert rotary_backbone.decode_latents(latents, frames).shape == video.shape
 
@@ -263,12 +265,12 @@ def test_latents_and_decoded_frames_agree_for_every_allowed_length(rotary_backbo
 @pytest.mark.parametrize("frames", [1, 3, 12, 20, 22])
 def test_lengths_that_the_vae_would_change_are_refused_with_near_ones(rotary_backbone, frames):
     with pytest.raises(ValueError, match=rf"frames: {frames} is not valid.*near are"):
-        rotary_backbone.latent_shape(frames, 16, 16)
+        rotary_backbone.layout.latent_shape(frames, 16, 16)
 
 
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest(rotary_backbone):
     with pytest.raises(ValueError, match="height: 60 is not valid.*multiple of 8.*nearest is 64"):
-        rotary_backbone.latent_shape(9, 60, 64)
+        rotary_backbone.layout.latent_shape(9, 60, 64)
 
 
 def test_temporal_patches_pad_in_front_and_lose_nothing():
@@ -277,7 +279,7 @@ def test_temporal_patches_pad_in_front_and_lose_nothing():
     latents = backbone.encode_video(video)
     assert latents.shape[1] == 4
     assert torch.equal(latents[:, 0], latents[:, 1])
-    assert backbone.grid(latents).frames == 2
+    assert backbone.layout.grid(latents.shape).frames == 2
     plain = tiny_backbone("rotary")
     plain.pipeline.vae.load_state_dict(backbone.pipeline.vae.state_dict())
     expected = plain.decode_latents(latents[:, 1:], 9)
@@ -288,5 +290,5 @@ def test_a_block_that_the_model_lacks_is_named(backbone):
     latents = noise(backbone)
     with pytest.raises(ValueError, match="blocks: 7 is not valid.*0 to 1"):
         backbone.capture(
-            latents, 0, backbone.encode_prompt(""), (7,), backbone.default_position(backbone.grid(latents))
+            latents, LEVEL, backbone.condition(""), (7,), own_position(backbone, backbone.layout.grid(latents.shape))
         )

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pytest
 
+from ditflow.errors import SettingsError
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import MetricSettings
-from ditflow.settings import SettingsError
 from jobs.display import print_comparison
 from pipeline.comparison import ComparisonError, compare
 from pipeline.manifest import Manifest, parquet_bytes

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditflow.metrics.cotracker import VISIBLE_ABOVE, cotracker
+from ditflow.metrics.cotracker import VISIBILITY_THRESHOLD, cotracker
+from ditflow.metrics.errors import MetricInputError
 from ditflow.metrics.motion_fidelity import motion_fidelity
-from ditflow.metrics.tracks import query_grid, track
+from ditflow.metrics.trackers import track
+from ditflow.metrics.tracks import query_grid
 
 FRAMES, HEIGHT, WIDTH = 6, 32, 48
 BLANK = np.full((FRAMES, HEIGHT, WIDTH, 3), 200, np.uint8)
@@ -121,7 +123,7 @@ def test_hidden_points_stay_where_they_were_seen_and_come_back(weights):
 
 def test_probabilities_are_visible_above_the_threshold(weights):
     seen = torch.ones(FRAMES, len(GRID))
-    seen[1:, 7] = torch.tensor([1.0, VISIBLE_ABOVE + 0.01, VISIBLE_ABOVE - 0.01, 0.5, 0.0])
+    seen[1:, 7] = torch.tensor([1.0, VISIBILITY_THRESHOLD + 0.01, VISIBILITY_THRESHOLD - 0.01, 0.5, 0.0])
     tracks = cotracker(weights(Answering(*answer(seen))))(BLANK)
     assert tracks.visible[7].tolist() == [True, True, True, False, False, False]
 
@@ -146,26 +148,32 @@ def test_track_takes_it_by_name_and_motion_fidelity_takes_its_tracks(weights):
 
 
 def test_without_weights_it_says_that_they_are_never_downloaded():
-    with pytest.raises(ValueError, match="cotracker3 came without weights.*never downloaded.*lucas-kanade or dis"):
+    with pytest.raises(MetricInputError, match="came without weights.*never downloaded.*lucas-kanade or dis") as caught:
         track(BLANK, "cotracker3")
+    assert (caught.value.code, caught.value.key) == ("tracker-weights-missing", "metrics.tracker_weights")
 
 
 def test_trackers_without_weights_refuse_them(tmp_path):
-    with pytest.raises(ValueError, match="tracker.pt came with the tracker dis, expected none.*cotracker3 is meant"):
+    with pytest.raises(MetricInputError, match="tracker.pt came with the tracker dis.*cotracker3 is meant") as caught:
         track(BLANK, "dis", tmp_path / "tracker.pt")
+    assert caught.value.code == "tracker-weights-unexpected"
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent.pt is no file.*never downloaded"):
+    with pytest.raises(MetricInputError, match="absent.pt is not a file.*never downloaded") as caught:
         cotracker(tmp_path / "absent.pt")
+    assert caught.value.code == "tracker-weights-missing"
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_is_refused_unread(tmp_path, zipped):
     path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
     torch.save({"model": Marker(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"checkpoint.pt is no TorchScript archive.*unpickling.*torch\.jit\.script"):
+    with pytest.raises(
+        MetricInputError, match=r"is not a TorchScript archive.*unpickling.*torch\.jit\.script"
+    ) as caught:
         cotracker(path)
+    assert caught.value.code == "tracker-weights-not-torchscript"
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()
@@ -177,8 +185,9 @@ def test_a_pickle_in_torchscripts_layout_is_refused_unread(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("disguised/constants.pkl", pickle.dumps(Marker(marker)))
         archive.writestr("disguised/code/__torch__.py", "")
-    with pytest.raises(ValueError, match="has TorchScript's layout, but .* cannot load it"):
+    with pytest.raises(MetricInputError, match="has TorchScript's layout, but .* cannot load it") as caught:
         cotracker(path)
+    assert caught.value.code == "tracker-weights-damaged"
     assert not marker.exists()
 
 
@@ -187,41 +196,61 @@ def test_other_archives_are_refused(tmp_path, entries):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         for entry in entries:
             archive.writestr(entry, "")
-    with pytest.raises(ValueError, match="no TorchScript archive"):
+    with pytest.raises(MetricInputError) as caught:
         cotracker(tmp_path / "other.zip")
+    assert caught.value.code == "tracker-weights-not-torchscript"
 
 
 def test_a_file_cut_short_is_refused(weights):
     path = weights(Sliding())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no TorchScript archive"):
+    with pytest.raises(MetricInputError) as caught:
         cotracker(path)
+    assert caught.value.code == "tracker-weights-not-torchscript"
 
 
 TRACKS, SEEN = answer()
+OUTPUT = "tracker-output-invalid"
 
 
 @pytest.mark.parametrize(
-    ("module", "message"),
+    ("module", "code", "message"),
     [
-        (OnlyTracks(), r"answered Tensor, expected tensors \(\[1, 6, 600, 2\], \[1, 6, 600\]\)"),
-        (Answering(TRACKS.transpose(1, 2), SEEN), r"answered \(\[1, 600, 6, 2\], \[1, 6, 600\]\), expected"),
-        (Answering(TRACKS, SEEN[..., None]), r"answered \(\[1, 6, 600, 2\], \[1, 6, 600, 1\]\), expected"),
-        (Answering(TRACKS[:, 1:], SEEN[:, 1:]), r"answered \(\[1, 5, 600, 2\].*export it again"),
-        (Answering(TRACKS, 4 * SEEN - 8), "visibilities from -4 to -4.*logits"),
-        (Answering(TRACKS, SEEN * torch.nan), "visibilities from nan to nan"),
-        (Answering(TRACKS * torch.nan, SEEN), "coordinates of the tracks are not finite"),
+        (
+            OnlyTracks(),
+            OUTPUT,
+            r"returned Tensor, expected tensors \(\[1, 6, 600, 2\], \[1, 6, 600\]\)",
+        ),
+        (
+            Answering(TRACKS.transpose(1, 2), SEEN),
+            OUTPUT,
+            r"returned \(\[1, 600, 6, 2\], \[1, 6, 600\]\), expected",
+        ),
+        (
+            Answering(TRACKS, SEEN[..., None]),
+            OUTPUT,
+            r"returned \(\[1, 6, 600, 2\], \[1, 6, 600, 1\]\), expected",
+        ),
+        (
+            Answering(TRACKS[:, 1:], SEEN[:, 1:]),
+            OUTPUT,
+            r"returned \(\[1, 5, 600, 2\].*export it again",
+        ),
+        (Answering(TRACKS, 4 * SEEN - 8), OUTPUT, "visibilities from -4 to -4.*logits"),
+        (Answering(TRACKS, SEEN * torch.nan), OUTPUT, "visibilities from nan to nan"),
+        (Answering(TRACKS * torch.nan, SEEN), "tracks-invalid", "coordinates of the tracks are not finite"),
     ],
 )
-def test_an_answer_of_another_form_is_refused(weights, module, message):
+def test_an_answer_of_another_form_is_refused(weights, module, code, message):
     assert len(GRID) == 600
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MetricInputError, match=message) as caught:
         cotracker(weights(module))(BLANK)
+    assert caught.value.code == code
 
 
 def test_frames_that_cannot_be_tracked_are_refused(weights):
     follow = cotracker(weights(Sliding()))
-    with pytest.raises(ValueError, match="float32 .*multiplied by 255"):
-        follow(BLANK.astype(np.float32))
-    with pytest.raises(ValueError, match="1 frames of 32x48"):
-        follow(BLANK[:1])
+    for frames, code in ((BLANK.astype(np.float32), "frames-invalid"), (BLANK[:1], "frames-too-few")):
+        with pytest.raises(MetricInputError) as caught:
+            follow(frames)
+        assert caught.value.code == code

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ditflow import video
+from ditflow.media import video
 from pipeline.cpus import limit_threads, usable_cpus
 from pipeline.job import Job, Output, Resources
 from pipeline.stages.attempt import Desk

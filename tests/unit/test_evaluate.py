@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from ditflow.media.video import encode_video
 from ditflow.metrics.base import MetricSettings
-from ditflow.video import encode_video
 from pipeline.job import Job, Output
 from pipeline.measurements import Measurements
 from pipeline.stages.evaluate import EvaluateRow

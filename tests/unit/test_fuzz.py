@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz.mutations import json_structure, mutated_value, parquet_structure
 from benchmarks.fuzz.search import Search, fuzz
 from benchmarks.fuzz.targets import TARGETS
-from ditflow.video import VideoError
+from ditflow.media.video import VideoError
 
 EXAMPLES = {
     "spec": 60, "bank": 150, "motion": 60, "video": 60, "digest": 20, "inputs": 30, "run": 20, "lease": 20,

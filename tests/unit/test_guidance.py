@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FRAMES, SIZE
+from tiny import FRAMES, SIZE, own_position
 from torch import Tensor
 
-from ditflow.guidance import Draft, Guidance, optimise
+from ditflow.backbones.contract import NoiseLevel
 from ditflow.losses.amf import AttentionMotionFlowLoss
-from ditflow.positions import positions_of
-from ditflow.reference import MotionReference, reference_from_latents
+from ditflow.motion.reference import MotionReference, reference_from_latents
+from ditflow.sampling.guidance import Generation, Guidance, optimise
+from ditflow.sampling.positions import PositionVariable
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, generate_latents, transfer_latents
 from ditflow.types import NonFiniteError, QueriesKeys, StaticReferenceError, TokenGrid
@@ -199,8 +200,8 @@ def run_of(backbone, inputs: Inputs, method: MethodSettings) -> tuple[Transferre
             sampling=SAMPLING,
             generator=torch.Generator().manual_seed(2),
         )
-    extraction = [] if method.loss is None else [calls.pop(0)]
-    assert all(name == "capture" and call["timestep"] == 0 for name, call in extraction)
+    extraction = [] if not method.has_loss else [calls.pop(0)]
+    assert all(name == "capture" and call["level"].timestep == 0 for name, call in extraction)
     return result, by_step(calls)
 
 
@@ -213,10 +214,10 @@ def same_keys_values(one, other) -> bool:
 
 
 def inputs_of(backbone, moving_video) -> Inputs:
-    initial = torch.randn(backbone.latent_shape(FRAMES, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
-    grid = backbone.grid(initial)
-    prompts = (backbone.encode_prompt(prompt) for prompt in ("a red ball", "a green star", ""))
-    return Inputs(backbone.encode_video(moving_video), initial, *prompts, backbone.default_position(grid), grid)
+    initial = torch.randn(backbone.layout.latent_shape(FRAMES, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+    grid = backbone.layout.grid(initial.shape)
+    prompts = (backbone.condition(prompt) for prompt in ("a red ball", "a green star", ""))
+    return Inputs(backbone.encode_video(moving_video), initial, *prompts, own_position(backbone, grid), grid)
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +300,10 @@ def test_every_guided_step_starts_with_a_new_adam_at_its_own_rate(guided):
             torch.testing.assert_close(move.abs().median(), torch.tensor(rate), rtol=1e-3, atol=0)
 
 
-def test_optimising_latents_leaves_the_position_alone(guided_latents, inputs):
+def test_optimising_latents_leaves_the_position_alone(guided_latents):
     for step in guided_latents.steps:
         for call in (*step.captures, step.predict):
-            assert same_position(call["position"], inputs.position)
+            assert call["position"] is None
     assert guided_latents.result.bank is None
 
 
@@ -315,7 +316,9 @@ def test_the_optimised_latents_are_those_that_are_denoised(guided_latents, input
     prompted, unprompted = backbone.predict(**first.predict)
     prediction = unprompted + guided_latents.result.records[0].guidance_scale * (prompted - unprompted)
     generator = torch.Generator().manual_seed(2)
-    denoised = backbone.solver(STEPS).step(prediction, 0, first.predict["latents"], generator)
+    denoised = backbone.schedule(STEPS, inputs.grid).step(
+        prediction, first.predict["level"], first.predict["latents"], generator
+    )
     torch.testing.assert_close(second.captures[0]["latents"], denoised, rtol=1e-4, atol=1e-4)
 
 
@@ -331,7 +334,7 @@ def test_the_position_is_warm_started_used_in_its_step_and_then_dropped(guided_p
     assert not same_position(first.predict["position"], first.captures[-1]["position"])
     assert same_position(second.captures[0]["position"], first.predict["position"])
     assert not same_position(second.predict["position"], first.predict["position"])
-    assert all(same_position(step.predict["position"], inputs.position) for step in plain)
+    assert all(step.predict["position"] is None for step in plain)
     assert guided_position.result.bank is not None
     for number, step in enumerate((first, second)):
         change = guided_position.result.bank.change(number)
@@ -343,12 +346,13 @@ def test_coordinates_are_warm_started_used_in_their_step_and_then_dropped(guided
     first, second, *plain = guided_coordinates.steps
     bank = guided_coordinates.result.bank
     assert bank is not None
-    moved = [backbone.movable_position(inputs.grid).embedding(bank.change(step)) for step in range(GUIDED_STEPS)]
+    scheme = backbone.positions(inputs.grid)
+    moved = [scheme.apply(bank.change(step), "coordinates") for step in range(GUIDED_STEPS)]
     assert same_position(first.captures[0]["position"], inputs.position)
     assert same_position(first.predict["position"], moved[0])
     assert same_position(second.captures[0]["position"], moved[0])
     assert same_position(second.predict["position"], moved[1])
-    assert all(same_position(step.predict["position"], inputs.position) for step in plain)
+    assert all(step.predict["position"] is None for step in plain)
     assert all((moves.abs().amax(dim=0) > 0).all() for moves in bank.change(0).values()), "t, y and x"
 
 
@@ -377,8 +381,8 @@ def test_every_part_of_the_position_is_optimised(guided_position, inputs):
 
 def test_the_optimiser_sees_only_the_prompt(guided, inputs):
     for step in guided.steps:
-        assert all(torch.equal(call["embeds"], inputs.prompt) for call in step.captures)
-        prompted, unprompted = step.predict["embeds"]
+        assert all(torch.equal(call["condition"], inputs.prompt) for call in step.captures)
+        prompted, unprompted = step.predict["conditions"]
         assert torch.equal(prompted, inputs.prompt)
         assert torch.equal(unprompted, inputs.negative)
 
@@ -387,12 +391,13 @@ def test_injection_is_the_reference_noised_to_the_steps_timestep_with_the_initia
     signal = backbone.pipeline.scheduler.alphas_cumprod
     for step in guided.steps[:GUIDED_STEPS]:
         (call,) = step.first_keys_values
-        timestep = step.predict["timestep"]
+        level = step.predict["level"]
+        timestep = level.timestep
         noised = signal[timestep].sqrt() * inputs.reference + (1 - signal[timestep]).sqrt() * inputs.initial
-        assert call["timestep"] == timestep
-        assert torch.equal(call["embeds"], inputs.prompt)
+        assert call["level"] == level
+        assert torch.equal(call["condition"], inputs.prompt)
         torch.testing.assert_close(call["latents"], noised, rtol=1e-5, atol=1e-6)
-        expected = backbone.first_keys_values(call["latents"], timestep, inputs.prompt)
+        expected = backbone.first_keys_values(call["latents"], level, inputs.prompt)
         for injected in (step.predict["injected"], *(capture["injected"] for capture in step.captures)):
             assert same_keys_values(injected, expected)
 
@@ -436,21 +441,24 @@ def test_the_plain_backbone_does_nothing_but_predict(backbone, inputs):
     result, steps = run_of(backbone, inputs, method_of("none"))
     assert all(step.captures == [] and step.first_keys_values == [] for step in steps)
     assert all(step.predict["injected"] is None for step in steps)
-    assert all(same_position(step.predict["position"], inputs.position) for step in steps)
+    assert all(step.predict["position"] is None for step in steps)
     assert result.losses == []
 
 
-def draft_of(backbone, inputs: Inputs) -> Draft:
-    embeds = [inputs.prompt, inputs.prompt]
-    return Draft.begin(inputs.initial, embeds, backbone.solver(STEPS), torch.Generator().manual_seed(2))
+def generation_of(backbone, inputs: Inputs) -> Generation:
+    conditions = [inputs.prompt, inputs.prompt]
+    return Generation(
+        inputs.initial, conditions, backbone.schedule(STEPS, inputs.grid), torch.Generator().manual_seed(2)
+    )
 
 
 def first_loss(backbone, inputs: Inputs, method: MethodSettings) -> float:
     resolved = method.resolve(backbone.defaults)
     reference = reference_from_latents(backbone, inputs.reference, inputs.empty, resolved)
-    positions = positions_of(backbone, backbone.grid(inputs.initial), resolved.optimize)
-    guidance = Guidance(backbone, resolved, GUIDED_STEPS, GUIDED_STEPS, positions, reference)
-    return guidance.steer(0, 749, [draft_of(backbone, inputs)], None).losses[0]
+    variable = PositionVariable(backbone.positions(inputs.grid), "position", inputs.grid)
+    guidance = Guidance(backbone, resolved, GUIDED_STEPS, GUIDED_STEPS, variable, reference)
+    level, generation = NoiseLevel(1, 749, 0.8), generation_of(backbone, inputs)
+    return guidance.guide(0, level, [generation], [generation.noise], None).losses[0]
 
 
 def test_the_losses_of_two_blocks_are_averaged(backbone, inputs):
@@ -562,7 +570,7 @@ def still_attention() -> QueriesKeys:
 
 
 def test_a_reference_without_motion_is_refused():
-    with pytest.raises(StaticReferenceError, match="no motion to transfer.*loss_entries: all"):
+    with pytest.raises(StaticReferenceError, match="no motion to transfer.*loss.entries: all"):
         AttentionMotionFlowLoss(entries="nonzero").reference(still_attention(), ROW)
 
 
@@ -578,8 +586,8 @@ def test_a_motionless_reference_that_was_taken_for_all_entries_is_refused_not_na
     with pytest.raises(StaticReferenceError, match="no motion to transfer"):
         generate_latents(
             backbone,
-            [draft_of(backbone, inputs)],
+            [generation_of(backbone, inputs)],
             reference=reference,
-            method=method_of(injection=False, loss_entries="nonzero").resolve(backbone.defaults),
+            method=method_of(injection=False, loss={"entries": "nonzero"}).resolve(backbone.defaults),
             sampling=SAMPLING.resolve(backbone.defaults),
         )

@@ -17,8 +17,9 @@ import pytest
 from hostile import CORPUS, NAMES, PROMPTS, READ, mp4
 
 import pipeline.stages.read
-from ditflow.settings import MethodSettings, ModelDefaults, SamplingSettings, SettingsError
-from ditflow.video import OversizedVideoError, VideoError, read_video
+from ditflow.errors import SettingsError
+from ditflow.media.video import OversizedVideoError, VideoError, read_video
+from ditflow.settings import MethodSettings, ModelDefaults, SamplingSettings
 from pipeline import tables
 from pipeline.faults import Policy, classify
 from pipeline.job import Job, Output, References, Table

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ditflow.settings import MethodSettings, ModelDefaults, SettingsError
+from ditflow.errors import SettingsError
+from ditflow.settings import MethodSettings, ModelDefaults
 from pipeline import logs
 from pipeline.faults import Policy
 from pipeline.job import Job, Output

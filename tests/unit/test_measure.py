@@ -1,4 +1,4 @@
-"""The ruler for generated clips, held against clips whose truth is known."""
+"""The detection of sprites, on clips whose ground truth is known."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from torch.nn.functional import conv2d
 
 from ditflow.mini import measure
 from ditflow.mini.measure import (
-    Sighting,
+    Detection,
+    detect_sprite,
     flow_score,
-    look_at,
     position_error,
     track_cosine,
 )
@@ -20,22 +20,22 @@ from ditflow.mini.world import BACKGROUNDS, COLOURS, SHAPES, Camera, render, sam
 GRID = (5, 8, 8)
 
 
-def sighting_at(centres: np.ndarray, clarity: np.ndarray | None = None) -> Sighting:
+def detection_at(centres: np.ndarray, confidence: np.ndarray | None = None) -> Detection:
     count = len(centres)
-    return Sighting(
-        "red", "ball", "grass", centres, np.full(count, 9.0), np.ones(count) if clarity is None else clarity
+    return Detection(
+        "red", "ball", "grass", centres, np.full(count, 9.0), np.ones(count) if confidence is None else confidence
     )
 
 
 def test_held_out_clips_are_named_and_tracked():
     for seed in range(24):
         clip = render(sample_scene(seed, "eval", sprites=1))
-        seen, look = look_at(clip.frames), clip.scene.sprites[0].appearance
-        named = (seen.colour, seen.shape, seen.background)
+        detected, look = detect_sprite(clip.frames), clip.scene.sprites[0].appearance
+        named = (detected.colour, detected.shape, detected.background)
         assert named == (look.colour, look.shape, clip.scene.background.name), f"seed {seed}"
-        assert seen.found.all()
-        assert track_cosine(seen, clip.trajectories[0]) > 0.99
-        assert position_error(seen, clip.trajectories[0]) < 1
+        assert detected.found.all()
+        assert track_cosine(detected, clip.trajectories[0]) > 0.99
+        assert position_error(detected, clip.trajectories[0]) < 1
 
 
 def test_radii_are_those_of_the_sprite():
@@ -44,45 +44,45 @@ def test_radii_are_those_of_the_sprite():
     for radius in (10.0, 18.0):
         path = replace(sprite.path, start=(0.0, 0.0), travel=(4.0, 0.0), bend=0.0, radius=(radius, radius))
         clip = render(replace(scene, sprites=(replace(sprite, path=path),)))
-        assert look_at(clip.frames).radii.mean() == pytest.approx(radius, abs=1)
+        assert detect_sprite(clip.frames).radii.mean() == pytest.approx(radius, abs=1)
 
 
 def test_words_are_the_worlds():
-    seen = look_at(render(sample_scene(1, "eval", sprites=1)).frames)
-    assert seen.colour in COLOURS
-    assert seen.shape in SHAPES
-    assert seen.background in BACKGROUNDS
+    detected = detect_sprite(render(sample_scene(1, "eval", sprites=1)).frames)
+    assert detected.colour in COLOURS
+    assert detected.shape in SHAPES
+    assert detected.background in BACKGROUNDS
 
 
 def test_an_empty_ground_shows_no_sprite():
     for seed in range(8):
-        seen = look_at(render(replace(sample_scene(seed, "eval"), sprites=())).frames)
-        assert not seen.found.any()
-        assert track_cosine(seen, seen.centres) == 0
+        detected = detect_sprite(render(replace(sample_scene(seed, "eval"), sprites=())).frames)
+        assert not detected.found.any()
+        assert track_cosine(detected, detected.centres) == 0
 
 
 def test_track_cosine_in_closed_form():
     right = np.stack([np.arange(5.0), np.zeros(5)], axis=-1)
     down = right[:, ::-1]
-    assert track_cosine(sighting_at(3 * right + 7), right) == pytest.approx(1)
-    assert track_cosine(sighting_at(-right), right) == pytest.approx(-1)
-    assert track_cosine(sighting_at(down), right) == pytest.approx(0)
-    assert track_cosine(sighting_at(right + down), right) == pytest.approx(np.sqrt(0.5))
-    assert track_cosine(sighting_at(0 * right), right) == 0
+    assert track_cosine(detection_at(3 * right + 7), right) == pytest.approx(1)
+    assert track_cosine(detection_at(-right), right) == pytest.approx(-1)
+    assert track_cosine(detection_at(down), right) == pytest.approx(0)
+    assert track_cosine(detection_at(right + down), right) == pytest.approx(np.sqrt(0.5))
+    assert track_cosine(detection_at(0 * right), right) == 0
 
 
 def test_frames_without_the_sprite_do_not_count():
     right = np.stack([np.arange(6.0), np.zeros(6)], axis=-1)
     strayed = right.copy()
     strayed[:2] = 50
-    assert track_cosine(sighting_at(strayed, np.array([0.1, 0.1, 1, 1, 1, 1])), right) == pytest.approx(1)
-    assert track_cosine(sighting_at(strayed, np.array([0.1, 0.1, 0.1, 0.1, 1, 1])), right) == 0
-    assert track_cosine(sighting_at(strayed), right) < 0.9
+    assert track_cosine(detection_at(strayed, np.array([0.1, 0.1, 1, 1, 1, 1])), right) == pytest.approx(1)
+    assert track_cosine(detection_at(strayed, np.array([0.1, 0.1, 0.1, 0.1, 1, 1])), right) == 0
+    assert track_cosine(detection_at(strayed), right) < 0.9
 
 
 def test_position_error_is_a_mean_distance():
     centres = np.zeros((4, 2))
-    assert position_error(sighting_at(centres), np.array([[3.0, 4.0]] * 2 + [[0.0, 1.0]] * 2)) == pytest.approx(3)
+    assert position_error(detection_at(centres), np.array([[3.0, 4.0]] * 2 + [[0.0, 1.0]] * 2)) == pytest.approx(3)
 
 
 def test_the_truth_scores_no_error_and_rounding_it_about_two_fifths_of_a_patch():

@@ -4,10 +4,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from ditflow.metrics.base import EvaluatedClip, Remembered
-from ditflow.metrics.motion_fidelity import SMALLEST_STEP, MotionFidelity, NoMotionError, correlations, motion_fidelity
+from ditflow.metrics.base import ClipCache, EvaluatedClip
+from ditflow.metrics.errors import MetricInputError
+from ditflow.metrics.motion_fidelity import MIN_STEP, MotionFidelity, NoMotionError, correlations, motion_fidelity
 from ditflow.metrics.statistics import Interval, bootstrap_interval, paired_difference
-from ditflow.metrics.tracks import TRACKERS, Tracks, query_grid, track
+from ditflow.metrics.trackers import track
+from ditflow.metrics.tracks import TRACKERS, Tracks, query_grid
 from ditflow.mini.world import WorldClip, render, sample_pair, sample_scene
 
 RIGHT, LEFT, UP, DOWN, REST = (1, 0), (-1, 0), (0, -1), (0, 1), (0, 0)
@@ -56,13 +58,13 @@ def test_a_reference_is_tracked_once_for_all_clips_that_share_it():
     assert len(tracked) == 3  # two generated clips and one reference
 
 
-def test_only_the_latest_clips_are_remembered():
-    looked = []
-    remembered = Remembered(lambda frames: looked.append(frames) or frames.sum(), most=2)
+def test_only_the_latest_clips_are_cached():
+    computed = []
+    cached = ClipCache(lambda frames: computed.append(frames) or frames.sum(), max_clips=2)
     clips = [np.full((2, 4, 4, 3), value, np.uint8) for value in range(3)]
     for number in (0, 1, 0, 2, 0, 1):
-        assert remembered(clips[number]) == clips[number].sum()
-    assert [frames[0, 0, 0, 0] for frames in looked] == [0, 1, 2, 1]
+        assert cached(clips[number]) == clips[number].sum()
+    assert [frames[0, 0, 0, 0] for frames in computed] == [0, 1, 2, 1]
 
 
 # --- the score
@@ -128,13 +130,13 @@ def test_place_speed_and_order_do_not_count():
 
 def test_what_rests_is_left_out():
     moving, reference = [RIGHT, DOWN, DOWN], tracks_of([RIGHT, RIGHT, DOWN])
-    background = [[REST] * 3, [(0.6 * SMALLEST_STEP, -0.6 * SMALLEST_STEP)] * 3]
+    background = [[REST] * 3, [(0.6 * MIN_STEP, -0.6 * MIN_STEP)] * 3]
     score = motion_fidelity(tracks_of(moving, *background), reference)
     assert score == motion_fidelity(tracks_of(moving), reference) == pytest.approx(2 / 3, abs=1e-12)
 
 
 def test_a_step_of_the_smallest_size_counts():
-    just_enough = tracks_of([(1.01 * SMALLEST_STEP, 0), DOWN])
+    just_enough = tracks_of([(1.01 * MIN_STEP, 0), DOWN])
     assert motion_fidelity(just_enough, tracks_of([LEFT, DOWN])) == pytest.approx(0, abs=1e-12)
 
 
@@ -155,10 +157,12 @@ def test_pairs_with_too_few_common_steps_can_be_left_out():
     reference = tracks_of([LEFT, RIGHT, UP, RIGHT])
     assert motion_fidelity(generated, reference) == pytest.approx(((1 + 0.25) / 2 + 1) / 2, abs=1e-12)
     assert motion_fidelity(generated, reference, least_common=0.5) == pytest.approx(0.25, abs=1e-12)
-    with pytest.raises(NoMotionError, match="share 0.5 of all steps"):
+    with pytest.raises(NoMotionError, match="fraction 0.5 of all steps") as caught:
         motion_fidelity(tracks_of([LEFT, REST, REST, REST]), reference, least_common=0.5)
-    with pytest.raises(ValueError, match="least_common is 3"):
+    assert caught.value.code == "no-common-motion"
+    with pytest.raises(MetricInputError, match="least_common is 3") as refused:
         motion_fidelity(generated, reference, least_common=3.0)
+    assert (refused.value.code, refused.value.key) == ("fraction-out-of-range", "metrics.least_common")
 
 
 STILL, MOVING = tracks_of([REST, REST], [REST, REST]), tracks_of([RIGHT, REST], [REST, REST])
@@ -181,19 +185,22 @@ def test_no_motion_is_an_error_that_names_the_side(generated, reference, message
 
 
 def test_videos_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="generated video has 4 frames, the reference 3.*stride"):
+    with pytest.raises(MetricInputError, match="generated video has 4 frames, the reference 3.*stride") as caught:
         motion_fidelity(tracks_of([RIGHT] * 3), tracks_of([RIGHT] * 2))
+    assert caught.value.code == "lengths-differ"
 
 
 def test_the_official_variant_needs_as_many_tracklets():
-    with pytest.raises(ValueError, match="2 generated and 1 reference tracklets.*Resize"):
+    with pytest.raises(MetricInputError, match="2 generated and 1 reference tracklets.*Resize") as caught:
         motion_fidelity(MOVING, tracks_of([RIGHT, UP]), "official")
+    assert caught.value.code == "tracklet-counts-differ"
 
 
 def test_an_unknown_variant_lists_the_variants(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"'oficial' is no variant.*symmetric, official"):
+    with pytest.raises(MetricInputError, match=r"'oficial' is not a variant.*symmetric, official") as caught:
         motion_fidelity(MOVING, MOVING, "oficial")
+    assert (caught.value.code, caught.value.key) == ("unknown-variant", "metrics.variant")
 
 
 # --- the tracks
@@ -221,7 +228,7 @@ def test_points_follow_a_sliding_texture(tracker, size, shift):
 @trackers
 def test_a_still_clip_has_no_motion(tracker):
     tracks = track(sliding(0, 0), tracker)
-    assert np.abs(np.diff(tracks.points, axis=1)).max() < SMALLEST_STEP
+    assert np.abs(np.diff(tracks.points, axis=1)).max() < MIN_STEP
     with pytest.raises(NoMotionError, match="generated video"):
         motion_fidelity(tracks, tracks_of([RIGHT] * 4))
 
@@ -296,34 +303,39 @@ def test_tracks_are_the_same_every_time(tracker):
 
 
 def test_an_unknown_tracker_lists_the_trackers():
-    with pytest.raises(ValueError, match=r"'cotracker' is no tracker.*lucas-kanade, dis"):
+    with pytest.raises(
+        MetricInputError, match=r"'cotracker' is not a tracker.*lucas-kanade, dis, cotracker3"
+    ) as caught:
         track(sliding(1, 0), "cotracker")
+    assert (caught.value.code, caught.value.key) == ("unknown-tracker", "metrics.tracker")
 
 
 @trackers
 @pytest.mark.parametrize(
-    ("frames", "message"),
+    ("frames", "code", "message"),
     [
-        (np.zeros((5, 64, 64, 3), np.float32), r"float32 \[5, 64, 64, 3\].*multiplied by 255"),
-        (np.zeros((5, 3, 64, 64), np.uint8), r"uint8 \[5, 3, 64, 64\].*channels come last"),
-        (np.zeros((64, 64, 3), np.uint8), r"uint8 \[64, 64, 3\], expected uint8 \[T, H, W, 3\]"),
-        (np.zeros((1, 64, 64, 3), np.uint8), "1 frames of 64x64.*one frame has no motion"),
-        (np.zeros((5, 64, 8, 3), np.uint8), "5 frames of 64x8.*at least 16x16"),
+        (np.zeros((5, 64, 64, 3), np.float32), "frames-invalid", r"float32 \[5, 64, 64, 3\].*multiplied by 255"),
+        (np.zeros((5, 3, 64, 64), np.uint8), "frames-invalid", r"uint8 \[5, 3, 64, 64\].*channels come last"),
+        (np.zeros((64, 64, 3), np.uint8), "frames-invalid", r"uint8 \[64, 64, 3\], expected uint8 \[T, H, W, 3\]"),
+        (np.zeros((1, 64, 64, 3), np.uint8), "frames-too-few", "1 frames of 64x64.*one frame has no motion"),
+        (np.zeros((5, 64, 8, 3), np.uint8), "frames-too-small", "5 frames of 64x8.*at least 16x16"),
     ],
 )
-def test_frames_that_cannot_be_tracked_are_refused(tracker, frames, message):
-    with pytest.raises(ValueError, match=message):
+def test_frames_that_cannot_be_tracked_are_refused(tracker, frames, code, message):
+    with pytest.raises(MetricInputError, match=message) as caught:
         TRACKERS[tracker](frames)
+    assert caught.value.code == code
 
 
 def test_tracks_must_fit_together_and_be_finite(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     points, visible = np.zeros((4, 9, 2), np.float32), np.ones((4, 9), bool)
     for wrong in ((points.transpose(1, 0, 2), visible), (points.astype(float), visible), (points, visible.astype(int))):
-        with pytest.raises(ValueError, match=r"expected float32 \[N, T, 2\] and bool \[N, T\]"):
+        with pytest.raises(MetricInputError, match=r"expected float32 \[N, T, 2\] and bool \[N, T\]") as caught:
             Tracks(*wrong)
+        assert caught.value.code == "tracks-invalid"
     points[2, 3, 0] = np.nan
-    with pytest.raises(ValueError, match="1 coordinates .* are not finite"):
+    with pytest.raises(MetricInputError, match="1 coordinates .* are not finite"):
         Tracks(points, visible)
 
 
@@ -401,20 +413,22 @@ def test_a_paired_difference_is_narrower_than_what_the_pairs_share():
 
 @pytest.mark.parametrize("interval_of", [bootstrap_interval, lambda v, **k: paired_difference(v, v, **k)])
 @pytest.mark.parametrize(
-    ("values", "settings", "message"),
+    ("values", "settings", "code", "message"),
     [
-        ([], {}, r"shape \[0\], expected \[N\]"),
-        (np.zeros((2, 3)), {}, r"shape \[2, 3\], expected \[N\]"),
-        ([0.1, np.nan, np.inf], {}, "2 of 3 .* are not finite"),
-        ([0.1], {"level": 95.0}, "the level 95.0 came"),
-        ([0.1], {"resamples": 0}, "0 resamples"),
+        ([], {}, "values-missing", r"shape \[0\], expected \[N\]"),
+        (np.zeros((2, 3)), {}, "values-missing", r"shape \[2, 3\], expected \[N\]"),
+        ([0.1, np.nan, np.inf], {}, "values-not-finite", "2 of 3 .* are not finite"),
+        ([0.1], {"level": 95.0}, "interval-options-invalid", "the level 95.0 came"),
+        ([0.1], {"resamples": 0}, "interval-options-invalid", "0 resamples"),
     ],
 )
-def test_values_without_an_interval_are_refused(interval_of, values, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_values_without_an_interval_are_refused(interval_of, values, settings, code, message):
+    with pytest.raises(MetricInputError, match=message) as caught:
         interval_of(values, **settings)
+    assert caught.value.code == code
 
 
 def test_pairs_must_be_complete():
-    with pytest.raises(ValueError, match="3 values of a and 2 of b"):
+    with pytest.raises(MetricInputError, match="3 values of a and 2 of b") as caught:
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+    assert caught.value.code == "pairs-incomplete"

@@ -9,12 +9,13 @@ from safetensors import safe_open
 from ditflow import backbones
 from ditflow.mini import WEIGHTS
 from ditflow.mini.build import FRAMES, HEIGHT, WIDTH, build_pipeline
-from ditflow.mini.measure import look_at
-from ditflow.mini.train import DEFAULTS, KINDS
+from ditflow.mini.measure import detect_sprite
+from ditflow.mini.training.kinds import KINDS
 from ditflow.mini.world import render, sample_scene
 from ditflow.settings import MethodSettings
 
-MODELS = tuple(f"mini-{kind}" for kind in KINDS)
+SHIPPED = ("rotary", "additive")
+MODELS = tuple(f"mini-{kind}" for kind in SHIPPED)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -31,7 +32,7 @@ def test_all_weights_together_are_at_most_12_megabytes_of_safetensors_in_16_bits
             assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHIPPED)
 def test_a_shipped_folder_has_the_architecture_that_the_code_builds(kind):
     pipeline = build_pipeline(rotary=kind == "rotary")
     for part in ("transformer", "vae", "scheduler"):
@@ -45,14 +46,14 @@ def test_a_shipped_folder_has_the_architecture_that_the_code_builds(kind):
         }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHIPPED)
 def test_a_shipped_folder_carries_the_defaults_of_the_training_script(kind):
-    assert json.loads((WEIGHTS / f"mini-{kind}" / "ditflow.json").read_text()) == DEFAULTS[kind]
+    assert json.loads((WEIGHTS / f"mini-{kind}" / "ditflow.json").read_text()) == KINDS[kind].defaults
 
 
 @pytest.mark.parametrize(("name", "of_25"), [("mini-rotary", (7, 13)), ("mini-additive", (6, 6))])
 def test_a_lasting_bank_may_be_learned_in_any_number_of_steps(name, of_25):
-    defaults = backbones.identify(name).geometry.defaults
+    defaults = backbones.identify(name).defaults
     lasting = MethodSettings(optimize="coordinates", preset="lasting").resolve(defaults)
     assert (lasting.count_guided_steps(25), lasting.count_injected_steps(25)) == of_25
     for steps in range(3, 51):
@@ -60,7 +61,7 @@ def test_a_lasting_bank_may_be_learned_in_any_number_of_steps(name, of_25):
 
 
 def test_the_size_is_the_training_clips(model):
-    assert model.geometry.sample_size == (FRAMES, HEIGHT, WIDTH)
+    assert model.layout.trained_size == (FRAMES, HEIGHT, WIDTH)
 
 
 def test_the_autoencoder_keeps_what_a_clip_shows(model):
@@ -69,6 +70,6 @@ def test_the_autoencoder_keeps_what_a_clip_shows(model):
         made = model.decode_latents(model.encode_video(clip.frames), FRAMES)
         error = np.square(made.astype(float) - clip.frames).mean()
         assert 10 * np.log10(255**2 / error) > 22
-        seen, look = look_at(made), clip.scene.sprites[0].appearance
+        seen, look = detect_sprite(made), clip.scene.sprites[0].appearance
         named = (seen.colour, seen.shape, seen.background)
         assert named == (look.colour, look.shape, clip.scene.background.name)

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from ditflow import backbones
+from ditflow.media.video import write_video
 from ditflow.mini import mini_folder
 from ditflow.settings import settings_dict
 from ditflow.transfer import learn_bank, transfer_motion
-from ditflow.video import write_video
 from jobs.spec import load_spec
 from pipeline.plan import make_plan
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ditflow.amf import hard_displacement
 from ditflow.motion import MotionStatistics, consecutive, motion_statistics, pixels_per_second
+from ditflow.motion.amf import hard_displacement
 from ditflow.types import QueriesKeys, TokenGrid
 
 GRID = TokenGrid(4, 6, 8)

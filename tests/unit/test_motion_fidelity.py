@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from ditflow.media.video import encode_video, read_video
 from ditflow.metrics import METRICS
 from ditflow.metrics.base import EvaluatedClip, MetricSettings, NotMeasurableError
 from ditflow.metrics.motion_fidelity import MotionFidelity, NoMotionError, motion_fidelity
 from ditflow.metrics.tracks import TRACKERS
 from ditflow.mini.world import Appearance, Background, Camera, Path, Scene, Sprite, render
-from ditflow.video import encode_video, read_video
 
 
 def sprite(shape: str, colour: str, texture: str, travel=(0.0, 0.0), **path) -> Sprite:
@@ -107,8 +107,9 @@ def test_a_static_video_is_refused_with_its_side(metric, shown, coded):
         (moving, still, "the reference moves"),
         (still, still.copy(), "the generated video and of the reference moves"),
     ):
-        with pytest.raises(NoMotionError, match=f"no point of {side} 0.05 pixels or more.*it is static"):
+        with pytest.raises(NoMotionError, match=f"no point of {side} 0.05 pixels or more.*it is static") as caught:
             score(metric, generated, reference)
+        assert caught.value.code == "no-motion"
 
 
 def through_mp4(frames: np.ndarray) -> np.ndarray:

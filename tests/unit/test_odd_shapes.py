@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 import torch
 from running import write_spec
-from tiny import KINDS, tiny_backbone
+from tiny import KINDS, own_position, tiny_backbone
 
-from ditflow.amf import hard_displacement
 from ditflow.artifact import ArtifactError
-from ditflow.backbones.base import Geometry
-from ditflow.backbones.cogvideox import CogVideoX, geometry_of
-from ditflow.bank import BankMismatchError, MotionBank
-from ditflow.guidance import Draft, Guidance
+from ditflow.backbones.cogvideox import CogVideoX, layout_of
+from ditflow.backbones.contract import CLEAN, NoiseLevel
+from ditflow.banks.bank import BankMismatchError, MotionBank
+from ditflow.errors import SettingsError
+from ditflow.layout import LatentLayout
 from ditflow.losses import MOTION_LOSSES
 from ditflow.mini import build
-from ditflow.positions import positions_of
-from ditflow.reference import MotionReference, extract_motion, reference_from_latents
-from ditflow.settings import MethodSettings, SamplingSettings, SettingsError
+from ditflow.motion.amf import hard_displacement
+from ditflow.motion.reference import MotionReference, extract_motion, reference_from_latents
+from ditflow.sampling.guidance import Generation, Guidance
+from ditflow.sampling.positions import PositionVariable
+from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import learn_bank, transfer_latents, transfer_motion
 from ditflow.types import QueriesKeys, TokenGrid
 from jobs.spec import SpecError, load_spec
@@ -75,8 +77,8 @@ def rows_left_alone(value: torch.Tensor, original: torch.Tensor) -> int:
 def test_a_clip_fills_its_grid_and_comes_back_in_its_length_and_size(model, clip):
     video = sliding(*clip)
     latents = model.encode_video(video)
-    assert latents.shape == model.latent_shape(*clip)
-    assert model.grid(latents) == grid_of(model, *clip)
+    assert latents.shape == model.layout.latent_shape(*clip)
+    assert model.layout.grid(latents.shape) == grid_of(model, *clip)
     assert model.decode_latents(latents, clip[0]).shape == video.shape
 
 
@@ -84,11 +86,11 @@ def test_a_clip_fills_its_grid_and_comes_back_in_its_length_and_size(model, clip
 def test_the_flow_leads_to_the_best_match_within_each_frame(model, clip):
     """Against the definition: all heads' logits, and coordinates counted by hand."""
     grid = grid_of(model, *clip)
-    latents, embeds = torch.randn(model.latent_shape(*clip)), model.encode_prompt("")
+    latents, embeds = torch.randn(model.layout.latent_shape(*clip)), model.condition("")
     flow = reference_from_latents(model, latents, embeds, METHOD.resolve(model.defaults)).displacement
     assert flow.shape == (grid.frames, grid.frames, grid.patches, 2)
     with torch.no_grad():
-        attention = model.capture(latents, 0, embeds, (1,), model.default_position(grid))[1]
+        attention = model.capture(latents, CLEAN, embeds, (1,))[1]
     query, key = (part.unflatten(1, (attention.heads, -1)) for part in (attention.query, attention.key))
     logits = torch.einsum("shd,thd->st", query, key).view(grid.frames, grid.patches, grid.frames, grid.patches)
     row, column = np.divmod(np.arange(grid.patches), clip[2] // 8)
@@ -105,26 +107,27 @@ def test_the_flow_leads_to_the_best_match_within_each_frame(model, clip):
 def test_every_loss_guides_every_frame_and_place(model, clip, loss, optimize):
     """By block 0, which sees the others' keys and values of the reference: no place moves for another one's sake."""
     method = MethodSettings(loss, optimize, blocks=(0,), guided_steps=1, iterations=1, learning_rate=(0.05, 0.05))
-    method, embeds = method.resolve(model.defaults), model.encode_prompt("a red ball")
-    reference_latents, noise = torch.randn(2, *model.latent_shape(*clip))
+    method, embeds = method.resolve(model.defaults), model.condition("a red ball")
+    reference_latents, noise = torch.randn(2, *model.layout.latent_shape(*clip))
     reference = reference_from_latents(model, reference_latents, embeds, method)
     reference = MotionReference.from_bytes(reference.to_bytes())
     grid = grid_of(model, *clip)
-    positions, own = positions_of(model, grid, method.optimize), model.default_position(grid)
-    guidance = Guidance(model, method, 1, 1, positions, reference)
-    draft = Draft.begin(noise, [embeds], model.solver(2), torch.Generator())
-    steered = guidance.steer(0, 999, [draft], None)
-    assert len(steered.losses) == 1
+    kind = "coordinates" if optimize == "coordinates" else "position"
+    variable, own = PositionVariable(model.positions(grid), kind, grid), own_position(model, grid)
+    guidance = Guidance(model, method, 1, 1, variable, reference)
+    generation = Generation(noise, [embeds], model.schedule(2, grid), torch.Generator())
+    guided = guidance.guide(0, NoiseLevel(0, 999, 1.0), [generation], [noise], None)
+    assert len(guided.losses) == 1
     if optimize == "latent":
-        assert rows_left_alone(*(latents.movedim(2, -1) for latents in (draft.latents, noise))) == 0
+        assert rows_left_alone(*(latents.movedim(2, -1) for latents in (guided.latents[0], noise))) == 0
     else:
-        assert all(rows_left_alone(steered.position[part], own[part]) == 0 for part in own)
+        assert all(rows_left_alone(guided.position[part], own[part]) == 0 for part in own)
 
 
 @clips
 @pytest.mark.parametrize("loss", sorted(MOTION_LOSSES))
 def test_every_loss_samples_a_whole_clip(model, clip, loss):
-    shape, embeds = model.latent_shape(*clip), model.encode_prompt("a red ball")
+    shape, embeds = model.layout.latent_shape(*clip), model.condition("a red ball")
     result = transfer_latents(
         model,
         reference_latents=torch.randn(shape),
@@ -150,7 +153,7 @@ def test_a_bank_is_learned_written_read_and_reused_with_another_prompt(model, cl
     grid = grid_of(model, *clip)
     assert bank.header.grid == (grid.frames, grid.height, grid.width)
     assert bank.header.provenance["size"] == list(clip)
-    default = model.default_position(grid)
+    default = own_position(model, grid)
     for changes, written in ((bank.change(step), learned.change(step)) for step in range(2)):
         assert all(torch.equal(changes[part], written[part]) for part in written)
         assert all(rows_left_alone(changes[part], torch.zeros_like(default[part])) == 0 for part in default)
@@ -163,20 +166,20 @@ def test_prompts_of_any_length_leave_the_video_tokens_alone(text_tokens):
     clip = (24, 48, 32)
     for kind in MODELS:
         model = tiny_backbone(kind)
-        assert model.encode_prompt("a red ball").shape[1] == text_tokens
+        assert model.condition("a red ball").shape[1] == text_tokens
         motion = extract_motion(model, sliding(*clip), METHOD)
         assert motion.displacement.shape[2] == 24
         settings = {"size": clip, "method": METHOD, "sampling": SAMPLING, "seed": 1}
         bank = transfer_motion(model, "a red ball", reference=motion, **settings).bank
         bank = MotionBank.from_bytes(bank.to_bytes())
-        for part, value in model.default_position(motion.grid).items():
+        for part, value in own_position(model, motion.grid).items():
             assert bank.change(0)[part].shape == value.shape == (motion.grid.tokens, value.shape[1])
         assert transfer_motion(model, "a green star", reference=bank, **settings).video.shape == (*clip, 3)
 
 
 def test_embeddings_may_be_shorter_than_the_models_prompts(model):
     """Text embeddings without their padding, of other lengths for the prompt and for the reference."""
-    shape, words = model.latent_shape(13, 48, 32), model.encode_prompt("a red ball")
+    shape, words = model.layout.latent_shape(13, 48, 32), model.condition("a red ball")
     result = transfer_latents(
         model,
         reference_latents=torch.randn(shape),
@@ -195,9 +198,9 @@ def test_embeddings_may_be_shorter_than_the_models_prompts(model):
 def test_positions_of_the_1_5_layout_do_not_end_at_the_size_it_was_trained_on():
     """They are the patches' coordinates, counted from the corner: a small clip's are the larger one's first ones."""
     model = tiny_backbone("temporal-patch")
-    assert model.geometry.sample_size[1:] == (64, 64)
+    assert model.layout.trained_size[1:] == (64, 64)
     large, small = TokenGrid(3, 12, 9), TokenGrid(3, 8, 8)
-    positions = model.default_position(large), model.default_position(small)
+    positions = own_position(model, large), own_position(model, small)
     for part, expected in positions[1].items():
         corner = positions[0][part].unflatten(0, (3, 12, 9))[:, :8, :8]
         assert torch.equal(corner.flatten(0, 2), expected)
@@ -219,8 +222,8 @@ def test_a_side_may_have_more_patches_than_a_byte_can_count():
 # ---------------------------------------------------------------------- what is planned, and what is refused
 
 
-def released(rotary: bool = True, side: tuple[int, int] = (60, 90), temporal_patch: int | None = None) -> Geometry:
-    """The geometry of a released model, by what its configuration says."""
+def released(rotary: bool = True, side: tuple[int, int] = (60, 90), temporal_patch: int | None = None) -> LatentLayout:
+    """The layout of a released model, by what its configuration says."""
     transformer = {
         "use_rotary_positional_embeddings": rotary,
         "num_layers": 42 if rotary else 30,
@@ -232,22 +235,22 @@ def released(rotary: bool = True, side: tuple[int, int] = (60, 90), temporal_pat
         "sample_width": side[1],
     }
     vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
-    return geometry_of("CogVideoX", transformer, vae, {})
+    return layout_of("CogVideoX", transformer, vae)
 
 
 def test_the_published_clips_fill_the_published_grids():
-    for geometry in (released(rotary=True), released(rotary=False)):
-        grids = [geometry.grid(geometry.latent_shape(*clip)) for clip in ((24, 480, 720), (49, 480, 720))]
+    for layout in (released(rotary=True), released(rotary=False)):
+        grids = [layout.grid(layout.latent_shape(*clip)) for clip in ((24, 480, 720), (49, 480, 720))]
         assert [(grid.frames, grid.patches) for grid in grids] == [(6, 1350), (13, 1350)]
     newer = released(side=(96, 170), temporal_patch=2)
     for height, width in ((768, 1360), (1360, 768)):
         assert newer.grid(newer.latent_shape(81, height, width)) == TokenGrid(11, height // 16, width // 16)
 
 
-def valid_lengths(geometry: Geometry, most: int) -> Iterator[int]:
+def valid_lengths(layout: LatentLayout, most: int) -> Iterator[int]:
     for frames in range(2, most):
         try:
-            geometry.latent_shape(frames, 480, 720)
+            layout.latent_shape(frames, 480, 720)
         except SettingsError:
             continue
         yield frames
@@ -256,16 +259,16 @@ def valid_lengths(geometry: Geometry, most: int) -> Iterator[int]:
 @pytest.mark.parametrize("temporal_patch", [None, 2])
 def test_every_length_is_supported_or_refused_with_its_neighbours(temporal_patch):
     """4k + 1 frames or a multiple of 8; an error names the nearest shorter and the nearest longer one."""
-    geometry = released(temporal_patch=temporal_patch)
-    valid = list(valid_lengths(geometry, 140))
+    layout = released(temporal_patch=temporal_patch)
+    valid = list(valid_lengths(layout, 140))
     assert valid == [frames for frames in range(5, 140) if frames % 4 == 1 or frames % 8 == 0]
     for below, above in pairwise(valid):
         for frames in range(below + 1, above):
             with pytest.raises(SettingsError, match=rf"frames: {frames} is not valid.*; near are {below} and {above}$"):
-                geometry.latent_shape(frames, 480, 720)
+                layout.latent_shape(frames, 480, 720)
     for frames in (1, 2, 3, 4):
         with pytest.raises(SettingsError, match=rf"frames: {frames} is not valid.*; near are 5 and 8$"):
-            geometry.latent_shape(frames, 480, 720)
+            layout.latent_shape(frames, 480, 720)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_video import counting, indices, moving, read, rough, save
 
-from ditflow import video
-from ditflow.video import CorruptVideoError, UndecodableVideoError
+from ditflow.media import video
+from ditflow.media.video import CorruptVideoError, UndecodableVideoError
 
 # --- rates
 
@@ -361,8 +361,9 @@ def test_colours_that_cannot_be_read_are_refused_and_senseless_ones_count_as_not
     if shown:
         np.testing.assert_allclose(read(path, frames=2).frames[1, 24, 32].astype(int), (200, 40, 40), atol=5)
     else:
-        with pytest.raises(UndecodableVideoError, match=f"matrix {matrix} of H.273 .*zscale=matrix=709"):
+        with pytest.raises(UndecodableVideoError, match=f"matrix {matrix} of H.273 .*zscale=matrix=709") as caught:
             read(path, frames=2)
+        assert caught.value.code == "video-colours-unsupported"
 
 
 def test_transparency_is_noted_where_there_is_some(tmp_path):
@@ -390,8 +391,9 @@ def test_transparency_that_is_coded_apart_is_noted(tmp_path):
 
 def test_only_a_regular_file_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
-    with pytest.raises(UndecodableVideoError, match="no regular file"):
+    with pytest.raises(UndecodableVideoError, match="is not a regular file") as caught:
         read(tmp_path / "pipe.mp4")
+    assert caught.value.code == "video-not-a-file"
 
 
 def test_motion_jpeg_without_a_container_is_no_still_picture(tmp_path):

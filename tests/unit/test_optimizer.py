@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ditflow.optimizer import OPTIMIZERS, AdamMini
+from ditflow.sampling.optimizer import OPTIMIZERS, AdamMini
 
 
 def moved(optimizer, start: torch.Tensor, gradients: list[torch.Tensor], rate: float = 0.1) -> torch.Tensor:

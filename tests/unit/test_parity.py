@@ -21,8 +21,8 @@ from tiny import KINDS, tiny_backbone
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from ditflow.guidance import Draft
 from ditflow.mini.build import build_pipeline
+from ditflow.sampling.guidance import Generation
 from ditflow.settings import ExecutionSettings, MethodSettings, SamplingSettings
 from ditflow.transfer import Transferred, generate_latents, transfer_latents
 
@@ -557,10 +557,11 @@ def test_reusing_a_bank_with_another_prompt_is_the_plain_reuse(sides, injection)
     method, sampling = method_of(run), SamplingSettings(steps=run.steps)
     bank = transferred(sides, method, sampling).bank
     other = Inputs(inputs.reference, inputs.initial.flip(1), inputs.prompt.flip(1), inputs.negative, inputs.empty)
-    solver, generator = sides.backbone.solver(run.steps), torch.Generator().manual_seed(SEED)
+    grid = sides.backbone.layout.grid(other.initial.shape)
+    schedule, generator = sides.backbone.schedule(run.steps, grid), torch.Generator().manual_seed(SEED)
     came = generate_latents(
         sides.backbone,
-        [Draft.begin(other.initial, [other.prompt, other.negative], solver, generator)],
+        [Generation(other.initial, [other.prompt, other.negative], schedule, generator)],
         reference=bank,
         method=method.resolve(sides.backbone.defaults),
         sampling=sampling.resolve(sides.backbone.defaults),

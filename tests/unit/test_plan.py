@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.plan
+from ditflow.errors import SettingsError
 from ditflow.losses.amf import AttentionMotionFlowLoss
-from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, SamplingSettings, SettingsError
+from ditflow.settings import ExecutionSettings, MethodSettings, ModelDefaults, MotionSettings, SamplingSettings
 from pipeline.faults import Policy
 from pipeline.graph import bank_by_bank
 from pipeline.job import Banks, Job, Output, Pool, References, Resources, Table
@@ -128,7 +129,7 @@ def test_a_reuse_pairs_banks_and_names_no_reference(local_job, tmp_path):
 
 
 def test_plain_generation_without_references_has_a_row_per_prompt_and_seed(local_job):
-    plain = replace(local_job, references=References(), method=replace(METHOD, name="none"))
+    plain = replace(local_job, references=References(), method=replace(METHOD, name="none", loss={}))
     assert [(row.reference, row.prompt, row.seed) for row in plan(plain).todo] == [
         (None, prompt, seed) for prompt in ("a ball", "a star") for seed in (1, 2)
     ]
@@ -599,7 +600,7 @@ def vary(section: str, **change: Any):
 
 
 def test_several_methods_make_every_row_with_each_and_give_it_the_id_that_it_has_alone(local_job):
-    other = replace(METHOD, name="smm", optimize="latent")
+    other = replace(METHOD, name="smm", optimize="latent", loss={})
     both = plan(replace(local_job, methods={"one": METHOD, "two": other}))
     alone = {name: plan(replace(local_job, method=method)) for name, method in (("one", METHOD), ("two", other))}
     assert both.total == 16
@@ -614,7 +615,7 @@ def test_plain_generation_has_no_motion_and_keeps_its_reference(local_job):
 
 
 MATTERS = {
-    "method": vary("method", name="injection"),
+    "method": vary("method", name="injection", loss={}),
     "optimize": vary("method", optimize="latent"),
     "preset": vary("method", preset="official"),
     "blocks": vary("method", blocks=(0,)),
@@ -624,10 +625,11 @@ MATTERS = {
     "learning_rate": vary("method", learning_rate=(0.002, 0.002)),
     "injection": vary("method", injection=False),
     "injected_steps": vary("method", injected_steps=12),
-    "loss_entries": vary("method", loss_entries="all"),
-    "loss_threshold": vary("method", loss_threshold=0.5),
-    "reference_flow": vary("method", reference_flow="soft"),
-    "other_frames": vary("method", other_frames=True),
+    "loss": vary("method", loss={"entries": "all"}),
+    "loss.threshold": vary("method", loss={"threshold": 0.5}),
+    "loss.reference_flow": vary("method", loss={"reference_flow": "soft"}),
+    "motion": vary("method", motion=MotionSettings("optical_flow").resolve()),
+    "motion.source": vary("method", motion=MotionSettings({"optical_flow": {"frame": "middle"}}).resolve()),
     "measured": vary("method", measured="prediction"),
     "averaged": vary("method", averaged=True),
     "optimizer": vary("method", optimizer="adam-mini"),
@@ -684,7 +686,7 @@ def test_another_model_revision_changes_every_id(local_job):
 REVISED = {
     "moving entries": ("synthesize", MethodSettings(), True),
     "moving entries, positions of a bank": ("build-bank", MethodSettings(optimize="position"), True),
-    "all entries": ("synthesize", MethodSettings(loss_entries="all"), False),
+    "all entries": ("synthesize", MethodSettings(loss={"entries": "all"}), True),
     "another loss": ("synthesize", MethodSettings("moft"), False),
     "injection": ("synthesize", MethodSettings("injection"), False),
     "extraction": ("extract", MethodSettings(), False),
@@ -697,7 +699,7 @@ def test_a_revised_loss_changes_the_ids_of_the_rows_that_it_guides_and_no_motion
 ):
     job = replace(local_job, kind=kind, method=method.resolve(DEFAULTS))
     own, motions = ids(job), motion_ids(job)
-    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 1)
+    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 2)
     assert set(ids(job)).isdisjoint(own) == touched
     assert motion_ids(job) == motions
 
@@ -706,7 +708,7 @@ def test_a_revised_loss_changes_no_id_of_a_reuse_which_evaluates_none(local_job,
     banks = put(Store(str(tmp_path / "banks")), {"m.safetensors": b"bank"})
     reuse = replace(local_job, kind="reuse", banks=Banks(banks))
     own = ids(reuse)
-    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 1)
+    monkeypatch.setattr(AttentionMotionFlowLoss, "revision", 2)
     assert ids(reuse) == own
 
 
@@ -804,10 +806,11 @@ def test_all_rows_of_a_reference_share_one_motion_and_no_two_references_do(local
 
 EXTRACTION = (
     "blocks",
-    "loss_entries",
-    "loss_threshold",
-    "reference_flow",
-    "other_frames",
+    "loss",
+    "loss.threshold",
+    "loss.reference_flow",
+    "motion",
+    "motion.source",
     "injection",
     "method",
     "dtype",

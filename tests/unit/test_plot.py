@@ -11,15 +11,15 @@ import matplotlib
 import numpy as np
 import pytest
 
-from ditflow import plot
-from ditflow.plot import (
+from ditflow.media import plot
+from ditflow.media.plot import (
     PlotError,
     contact_sheet,
     flow_colours,
+    pixel_frame,
     plot_consecutive_flow,
     plot_flow,
     plot_losses,
-    shown_frame,
 )
 
 GRID = (3, 8, 8)
@@ -178,12 +178,12 @@ def uniform(grid, move):
 def test_arrows_are_thinned_to_24_per_side_and_further_when_neighbours_disagree():
     small, large = (5, 8, 8), (6, 30, 45)
     wild = np.random.default_rng(0).integers(-20, 20, (1, 30 * 45, 2))
-    assert plot._thinning(uniform(small, (1, 0)), small) == 1
-    assert plot._thinning(np.random.default_rng(0).integers(-8, 8, (1, 64, 2)), small) == 1
-    assert plot._thinning(uniform(large, (1, 0)), large) == 2
-    assert plot._thinning(uniform(large, (20, 9)), large) == 2
-    assert plot._thinning(wild, large) == 4
-    assert plot._thinning(uniform((2, 1, 1), (0, 0)), (2, 1, 1)) == 1
+    assert plot._subsampling(uniform(small, (1, 0)), small) == 1
+    assert plot._subsampling(np.random.default_rng(0).integers(-8, 8, (1, 64, 2)), small) == 1
+    assert plot._subsampling(uniform(large, (1, 0)), large) == 2
+    assert plot._subsampling(uniform(large, (20, 9)), large) == 2
+    assert plot._subsampling(wild, large) == 4
+    assert plot._subsampling(uniform((2, 1, 1), (0, 0)), (2, 1, 1)) == 1
 
 
 def test_a_thinned_flow_draws_every_second_patch_and_says_so(tmp_path, monkeypatch):
@@ -240,23 +240,33 @@ def test_the_wheel_s_words_stand_at_their_sides():
     [(17, 5, [0, 4, 8, 12, 16]), (24, 6, [0, 5, 9, 14, 18, 23]), (1, 3, [0, 0, 0]), (49, 13, list(range(0, 49, 4)))],
 )
 def test_latent_frames_are_shown_by_evenly_spaced_frames(frames, latent_frames, expected):
-    assert [shown_frame(f, frames, latent_frames) for f in range(latent_frames)] == expected
+    assert [pixel_frame(f, frames, latent_frames) for f in range(latent_frames)] == expected
+
+
+FLOW, FRAMES = "plot-flow-invalid", "plot-frames-invalid"
 
 
 @pytest.mark.parametrize(
-    ("frames", "flow", "grid", "message"),
+    ("frames", "flow", "grid", "code", "message"),
     [
-        (black(), still(), (3, 8, 9), r"\[3, 3, 64, 2\], expected \[3, 3, 72, 2\] for a 3x8x9 grid.*not in pixels"),
-        (black(), still(), (4, 8, 8), r"expected \[4, 4, 64, 2\]"),
-        (black(), still()[:1, :1], (1, 8, 8), "1x8x8.*2 latent frames"),
-        (black(), still().astype(np.float32), GRID, "float32, expected integers"),
-        (black().astype(np.float32), still(), GRID, r"float32 \[9, 64, 64, 3\]"),
-        (black().transpose(0, 3, 1, 2), still(), GRID, "channels come last"),
+        (
+            black(),
+            still(),
+            (3, 8, 9),
+            FLOW,
+            r"\[3, 3, 64, 2\], expected \[3, 3, 72, 2\] for a 3x8x9 grid.*not in pixels",
+        ),
+        (black(), still(), (4, 8, 8), FLOW, r"expected \[4, 4, 64, 2\]"),
+        (black(), still()[:1, :1], (1, 8, 8), FLOW, "1x8x8.*2 latent frames"),
+        (black(), still().astype(np.float32), GRID, FLOW, "float32, expected integers"),
+        (black().astype(np.float32), still(), GRID, FRAMES, r"float32 \[9, 64, 64, 3\]"),
+        (black().transpose(0, 3, 1, 2), still(), GRID, FRAMES, "channels come last"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(tmp_path, frames, flow, grid, message):
-    with pytest.raises(PlotError, match=message):
+def test_what_does_not_fit_together_is_refused(tmp_path, frames, flow, grid, code, message):
+    with pytest.raises(PlotError, match=message) as caught:
         plot_flow(frames, flow, grid, tmp_path / "a.png")
+    assert caught.value.code == code
     assert not (tmp_path / "a.png").exists()
 
 
@@ -301,8 +311,9 @@ def test_the_scale_is_logarithmic_over_a_factor_of_ten(tmp_path, monkeypatch, lo
     [([], "no losses came"), ([[1.0], []], "step 2 has no losses"), ([[1.0, math.nan]], "step 1.*not finite.*nan")],
 )
 def test_losses_that_cannot_be_drawn_are_refused(tmp_path, losses, message):
-    with pytest.raises(PlotError, match=message):
+    with pytest.raises(PlotError, match=message) as caught:
         plot_losses(losses, tmp_path / "a.png")
+    assert caught.value.code == ("plot-losses-invalid" if losses else "plot-empty")
 
 
 # --- contact sheets
@@ -351,8 +362,8 @@ def test_long_labels_are_cut_and_dollars_are_text(tmp_path):
         gap = slice(-155, -140)  # the frame numbers, "frames 0, 1, 2, 3, 4, 5", take the last 132 pixels
         assert line[:, gap].max() < 100 < line[:, -220:-155].max()
     contact_sheet([("$ no \\formula{ $", grey_steps(6, 64, 64))], tmp_path / "c.png")
-    assert plot._cut("one\ntwo  three", inches=3.0, fontsize=10) == "one two three"
-    assert plot._cut("W" * 50, inches=1.0, fontsize=10) == "WWWWW…"
+    assert plot._truncate("one\ntwo  three", inches=3.0, fontsize=10) == "one two three"
+    assert plot._truncate("W" * 50, inches=1.0, fontsize=10) == "WWWWW…"
 
 
 @pytest.mark.parametrize(
@@ -365,8 +376,9 @@ def test_long_labels_are_cut_and_dollars_are_text(tmp_path):
     ],
 )
 def test_sheets_of_nothing_are_refused(tmp_path, rows, columns, message):
-    with pytest.raises(PlotError, match=message):
+    with pytest.raises(PlotError, match=message) as caught:
         contact_sheet(rows, tmp_path / "a.png", columns)
+    assert caught.value.code == ("plot-frames-invalid" if rows and columns else "plot-empty")
 
 
 def test_drawing_leaves_no_global_state(tmp_path):
@@ -407,5 +419,6 @@ def test_the_last_column_shows_the_flow_from_the_first_frame_to_the_last(tmp_pat
 
 
 def test_a_generated_clip_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(PlotError, match="generated are float64"):
+    with pytest.raises(PlotError) as caught:
         plot.plot_transfer(black(), still(), GRID, np.zeros((9, 64, 64, 3)), tmp_path / "transfer.png")
+    assert caught.value.code == "plot-frames-invalid"

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from ditflow import backbones
+from ditflow.media.video import write_video
 from ditflow.mini import mini_folder
-from ditflow.video import write_video
 from jobs.cli import _print_plan
 from jobs.spec import load_spec
 from pipeline.job import Job
@@ -49,11 +49,11 @@ def plan(file: Path) -> subprocess.CompletedProcess:
 
 def test_the_limit_read_from_a_folder_is_where_the_encoder_cuts():
     limit, backbone = backbones.read_text_limit("mini"), backbones.load("mini", device="cpu")
-    assert limit.tokens == backbone.text_limit.tokens == backbone.encode_prompt(SHORT).shape[1]
+    assert limit.tokens == backbone.text_limit.tokens == backbone.condition(SHORT).shape[1]
     prompt = "ball " * (limit.tokens - 1)  # and the end mark
     assert limit.count([prompt, prompt + "ball"]) == [limit.tokens, limit.tokens + 1]
-    assert limit.cut([prompt, prompt + "ball", SHORT]) == {prompt + "ball": limit.tokens + 1}
-    first, second = (backbone.encode_prompt(text) for text in ENDS)
+    assert limit.too_long([prompt, prompt + "ball", SHORT]) == {prompt + "ball": limit.tokens + 1}
+    first, second = (backbone.condition(text) for text in ENDS)
     assert torch.equal(first, second), "what is beyond the limit changes nothing"
 
 

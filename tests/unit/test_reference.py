@@ -10,8 +10,8 @@ from safetensors.torch import save
 from tiny import FRAMES, SIZE
 
 from ditflow.artifact import ArtifactError, write_artifact
-from ditflow.losses import MOTION_LOSSES
-from ditflow.reference import MotionReference, extract_motion
+from ditflow.backbones.contract import NoiseLevel
+from ditflow.motion.reference import MotionReference, extract_motion
 from ditflow.settings import MethodSettings, SamplingSettings
 from ditflow.transfer import transfer_motion
 from ditflow.types import TokenGrid
@@ -39,10 +39,10 @@ def test_motionclones_reference_is_noised_once_to_two_fifths_of_the_timesteps(ba
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     alpha_bar = backbone.pipeline.scheduler.alphas_cumprod[400]
     noised = alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise
-    grid, words = backbone.grid(latents), backbone.encode_prompt("")
+    grid, level = backbone.layout.grid(latents.shape), NoiseLevel(None, 400, 0.5)
     with torch.no_grad():
-        captured = backbone.capture(noised.float(), 400, words, (1,), backbone.default_position(grid))
-    expected = MOTION_LOSSES["motionclone"].from_settings(method).reference(captured[1], grid)
+        captured = backbone.capture(noised.float(), level, backbone.condition(""), (1,))
+    expected = method.make_loss().reference(captured[1], grid)
     torch.testing.assert_close(motion.payloads[1]["attention"], expected["attention"], rtol=1e-4, atol=1e-5)
     again = extract_motion(backbone, moving_video, method)
     assert torch.equal(motion.payloads[1]["attention"], again.payloads[1]["attention"])
@@ -63,19 +63,18 @@ def test_the_displacement_is_small_integers_of_every_pair_of_frames(reference):
 def test_extraction_is_one_pass_with_the_empty_prompt_at_timestep_0(backbone, moving_video, monkeypatch):
     calls, capture = [], backbone.capture
 
-    def record(latents, timestep, embeds, blocks, position, injected=None, captures=None):
-        calls.append((latents, timestep, embeds, blocks, position, injected))
-        return capture(latents, timestep, embeds, blocks, position, injected, captures)
+    def record(latents, level, condition, blocks, position=None, injected=None, what=None):
+        calls.append((latents, level, condition, blocks, position, injected))
+        return capture(latents, level, condition, blocks, position, injected, what)
 
     monkeypatch.setattr(backbone, "capture", record)
     extract_motion(backbone, moving_video, METHOD)
-    ((latents, timestep, embeds, blocks, position, injected),) = calls
+    ((latents, level, condition, blocks, position, injected),) = calls
     assert torch.equal(latents, backbone.encode_video(moving_video))
-    assert timestep == 0
-    assert torch.equal(embeds, backbone.encode_prompt(""))
+    assert level == NoiseLevel(None, 0, 0.0)
+    assert torch.equal(condition, backbone.condition(""))
     assert tuple(blocks) == (0, 1)
-    default = backbone.default_position(backbone.grid(latents))
-    assert all(torch.equal(position[part], default[part]) for part in default)
+    assert position is None
     assert injected is None
 
 
@@ -154,8 +153,8 @@ def test_the_same_reference_gives_the_same_bytes(rotary_reference):
         ),
         (lambda data: data[: len(data) // 2], "clip.safetensors is not a safetensors file.*cut off"),
         (lambda data: b"", "clip.safetensors is not a safetensors file"),
-        (lambda data: save({"latents": torch.zeros(1)}), "clip.safetensors is no motion reference.*other origin"),
-        (lambda data: write_artifact("motion bank", 1, {}, {}), "no motion reference: it is motion bank"),
+        (lambda data: save({"latents": torch.zeros(1)}), "clip.safetensors is not a motion reference.*other origin"),
+        (lambda data: write_artifact("motion bank", 1, {}, {}), "is not a motion reference: it is a motion bank"),
         (lambda data: write_artifact("motion reference", 1000, {}, {}), "format 1000.*reads format.*upgrade ditflow"),
     ],
     ids=["pickle", "truncated", "empty", "foreign", "bank", "newer"],
@@ -201,24 +200,24 @@ def test_shapes_that_are_not_those_of_the_header_are_refused(changes, tensors, m
 
 
 def test_a_reference_fits_the_setting_it_was_taken_in(reference, backbone):
-    reference.check_fits(backbone, reference.grid, METHOD)
+    reference.check_fits(backbone, reference.grid, METHOD.resolve(backbone.defaults))
 
 
 def test_another_model_is_refused(rotary_reference, rotary_backbone):
     stranger = replace(rotary_reference, model_revision="other")
     with pytest.raises(ArtifactError, match=f"model revision is other, needed is {rotary_backbone.revision}"):
-        stranger.check_fits(rotary_backbone, stranger.grid, METHOD)
+        stranger.check_fits(rotary_backbone, stranger.grid, METHOD.resolve(rotary_backbone.defaults))
 
 
 def test_another_grid_is_refused(rotary_reference, rotary_backbone):
     with pytest.raises(ArtifactError, match="token grid is 3x4x4, needed is 3x4x5"):
-        rotary_reference.check_fits(rotary_backbone, TokenGrid(3, 4, 5), METHOD)
+        rotary_reference.check_fits(rotary_backbone, TokenGrid(3, 4, 5), METHOD.resolve(rotary_backbone.defaults))
 
 
 def test_another_loss_is_refused(rotary_reference, rotary_backbone):
     other = replace(rotary_reference, loss="other")
     with pytest.raises(ArtifactError, match="loss is other, needed is ditflow"):
-        other.check_fits(rotary_backbone, other.grid, METHOD)
+        other.check_fits(rotary_backbone, other.grid, METHOD.resolve(rotary_backbone.defaults))
 
 
 def generate(backbone, reference: MotionReference, method: MethodSettings):

@@ -28,8 +28,8 @@ from gallery import (
 from typer.testing import CliRunner
 
 import pipeline.report.clips as clips
+from ditflow.media.video import probe_video
 from ditflow.metrics.base import MetricSettings
-from ditflow.video import probe_video
 from jobs.cli import app
 from pipeline.comparison import compare
 from pipeline.faults import Policy

@@ -8,13 +8,15 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from ditflow.errors import SettingsError
 from ditflow.settings import (
     METHODS,
     ExecutionSettings,
     MethodSettings,
     ModelDefaults,
+    MotionSettings,
+    ResolvedSampling,
     SamplingSettings,
-    SettingsError,
     settings_dict,
 )
 
@@ -33,10 +35,6 @@ REFUSED = [
     (MethodSettings, "name", "warp", "one of none, injection, "),
     (MethodSettings, "optimize", "weights", "latent, position or coordinates"),
     (MethodSettings, "preset", "newest", "paper, official or lasting"),
-    (MethodSettings, "loss_entries", "moving", "nonzero or all"),
-    (MethodSettings, "loss_threshold", -0.5, "0 or more"),
-    (MethodSettings, "loss_threshold", math.inf, "0 or more"),
-    (MethodSettings, "reference_flow", "best", "hard or soft"),
     (MethodSettings, "blocks", (), "one or more different block numbers"),
     (MethodSettings, "blocks", (4, 4), "one or more different block numbers"),
     (MethodSettings, "blocks", (2, -1), "counted from 0"),
@@ -143,12 +141,12 @@ def test_the_lasting_preset_measures_what_is_predicted_over_several_drafts():
     own = replace(DEFAULTS, lasting={"coordinates": {"iterations": 7, "learning_rate": (0.4, 0.3)}})
     resolved = lasting.resolve(own)
     assert (resolved.measured, resolved.averaged, resolved.drafts, resolved.iterations) == ("prediction", True, 8, 7)
-    assert (resolved.loss_entries, resolved.learning_rate) == ("all", (0.4, 0.3))
+    assert (resolved.loss["entries"], resolved.learning_rate) == ("all", (0.4, 0.3))
     assert replace(lasting, drafts=2, measured="pass").resolve(own).drafts == 2
     assert replace(lasting, drafts=2, measured="pass").resolve(own).measured == "pass"
     paper = replace(lasting, preset="paper").resolve(own)
     assert (paper.measured, paper.drafts, paper.iterations) == ("pass", 1, own.iterations)
-    assert paper.loss_entries == "nonzero"
+    assert paper.loss["entries"] == "nonzero"
     for learns_nothing in ({"optimize": "latent"}, {"name": "none"}):
         assert replace(lasting, **learns_nothing).resolve(own).drafts == 1
 
@@ -213,8 +211,9 @@ def test_resolve_fills_whatever_is_none_from_the_model():
     resolved = MethodSettings().resolve(DEFAULTS)
     own, of_the_paper = (
         MethodSettings(),
-        {"loss_entries": "nonzero", "measured": "pass", "averaged": False, "drafts": 1},
+        {"measured": "pass", "averaged": False, "drafts": 1, "motion": MotionSettings({"attention": {}})},
     )
+    own = replace(own, loss={"entries": "nonzero", "threshold": 0.0, "reference_flow": "hard"})
     of_the_paper["injected_steps"] = DEFAULTS.guided_steps
     for field in fields(MethodSettings):
         expected = getattr(own, field.name)
@@ -222,43 +221,45 @@ def test_resolve_fills_whatever_is_none_from_the_model():
         assert getattr(resolved, field.name) == expected
     assert None not in settings_dict(resolved).values()
     sampling = SamplingSettings(negative_prompt="blurred").resolve(DEFAULTS)
-    assert sampling == SamplingSettings(30, 5.0, True, "blurred")
+    assert sampling == ResolvedSampling(30, 5.0, True, "blurred")
 
 
 def test_resolve_leaves_what_is_set_as_it_is():
-    method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, 0.7, "all")
-    method = replace(method, measured="prediction", averaged=True, optimizer="adam", drafts=3)
-    assert method.resolve(DEFAULTS) == method
+    method = MethodSettings("ditflow", "position", "official", (0,), 3.0, 0.5, 9, (0.1, 0.2), False, 0.7)
+    method = replace(method, loss=MethodSettings(preset="lasting", loss={"threshold": 0.5}).resolve(DEFAULTS).loss)
+    method = replace(
+        method,
+        motion=MotionSettings("optical_flow", ("mask",)).resolve(),
+        measured="prediction",
+        averaged=True,
+        optimizer="adam",
+        drafts=3,
+    )
+    assert vars(method.resolve(DEFAULTS)) == vars(method)
     sampling = SamplingSettings(steps=8, guidance_scale=1.0, dynamic_guidance_scale=False)
-    assert sampling.resolve(DEFAULTS) == sampling
+    assert vars(sampling.resolve(DEFAULTS)) == vars(sampling)
     partly = MethodSettings(temperature=3.0).resolve(DEFAULTS)
     assert (partly.temperature, partly.iterations) == (3.0, 2)
 
 
 @pytest.mark.parametrize(
-    ("method", "loss", "injects", "needs_reference"),
+    ("method", "has_loss", "injects", "needs_reference"),
     [
-        (MethodSettings("none"), None, False, False),
-        (MethodSettings("injection"), None, True, True),
-        (MethodSettings("ditflow"), "ditflow", True, True),
-        (MethodSettings("ditflow", injection=False), "ditflow", False, True),
+        (MethodSettings("none"), False, False, False),
+        (MethodSettings("injection"), False, True, True),
+        (MethodSettings("ditflow"), True, True, True),
+        (MethodSettings("ditflow", injection=False), True, False, True),
     ],
     ids=["none", "injection", "ditflow", "ditflow-without-injection"],
 )
-def test_what_a_method_takes_from_the_reference(method, loss, injects, needs_reference):
-    assert (method.loss, method.injects, method.needs_reference) == (loss, injects, needs_reference)
+def test_what_a_method_takes_from_the_reference(method, has_loss, injects, needs_reference):
+    assert (method.has_loss, method.injects, method.needs_reference) == (has_loss, injects, needs_reference)
 
 
 def test_a_settings_dict_is_its_own_json():
     values = settings_dict(PAPER)
     assert json.loads(json.dumps(values)) == values
     assert values["learning_rate"] == [0.002, 0.001]
-
-
-def test_a_settings_dict_leaves_out_the_default_of_what_was_added_later():
-    """So that rows of a job that does not use it keep their ids."""
-    assert "noise_candidates" not in settings_dict(PAPER)
-    assert settings_dict(replace(PAPER, noise_candidates=4)) == {**settings_dict(PAPER), "noise_candidates": 4}
 
 
 @pytest.mark.parametrize("options", [{"name": "injection"}, {"optimize": "position", "zero_shot": True}])

@@ -94,7 +94,7 @@ def test_the_documented_spec_says_what_the_job_does(load):
 
 
 def test_auto_means_the_models_own_default(load):
-    defaults = backbones.identify("mini").geometry.defaults
+    defaults = backbones.identify("mini").defaults
     names = ("temperature: 2.0", "guided_steps: 10", "iterations: 5", "learning_rate: [0.002, 0.001]", "steps: 50,")
     job = load(*((name, f"{name.split(':')[0]}: auto{',' * name.endswith(',')}") for name in names)).job
     assert job.method.blocks == defaults.blocks
@@ -108,7 +108,7 @@ def test_what_is_left_out_has_the_models_default_as_if_it_were_auto(load):
         "kind: synthesize\nname: quickstart\noutput: {uri: out}\nreferences: {frames: 17, height: 64, width: 64}\n"
     )
     job = load(text=shortest).job
-    assert job.method == job.method.resolve(backbones.identify("mini").geometry.defaults)
+    assert job.method == job.method.resolve(backbones.identify("mini").defaults)
     assert None not in (job.method.blocks, job.method.guided_steps, job.sampling.steps, job.sampling.guidance_scale)
 
 
@@ -127,7 +127,7 @@ BANKS = "kind: build-bank\nname: b\noutput: {uri: out}\nreferences: {frames: 17,
 def test_a_bank_is_learned_to_last_unless_the_job_says_how(load, method, optimize, preset):
     job = load(text=f"{BANKS}{method}\n").job
     assert (job.method.optimize, job.method.preset) == (optimize, preset)
-    assert job.method == job.method.resolve(backbones.identify("mini").geometry.defaults)
+    assert job.method == job.method.resolve(backbones.identify("mini").defaults)
 
 
 def test_each_of_several_ways_to_learn_banks_lasts_unless_it_says_how(load):

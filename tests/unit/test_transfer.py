@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny import FRAMES, SIZE
 
-from ditflow.denoise import guidance_scale
-from ditflow.guidance import optimise
+from ditflow.backbones.cogvideox import CogVideoX, DiscreteSchedule
+from ditflow.backbones.contract import NoiseLevel
 from ditflow.losses import MOTION_LOSSES
-from ditflow.reference import extract_motion
-from ditflow.settings import MethodSettings, SamplingSettings
+from ditflow.motion.reference import extract_motion
+from ditflow.sampling.guidance import optimise
+from ditflow.settings import MethodSettings, ModelDefaults, SamplingSettings
 from ditflow.transfer import Transferred, _seed_of_draft, learn_bank, transfer_latents, transfer_motion
 from ditflow.types import NonFiniteError
 
@@ -72,7 +73,7 @@ def overflows(monkeypatch, target, name: str, call: int) -> None:
 
 
 def test_latents_that_overflow_end_the_run_in_their_step(backbone, monkeypatch):
-    overflows(monkeypatch, type(backbone.solver(4)), "step", 3)
+    overflows(monkeypatch, DiscreteSchedule, "step", 3)
     with pytest.raises(NonFiniteError, match=r"^denoising step 3 \(timestep \d+\): the latents: \d+ of \d+ values"):
         generate(backbone, method=PLAIN, sampling=replace(SAMPLING, steps=4))
 
@@ -85,7 +86,7 @@ def test_guidance_that_leaves_nothing_finite_ends_the_run_in_its_step(backbone, 
             variable.detach().fill_(math.inf)
         return losses
 
-    monkeypatch.setattr("ditflow.guidance.optimise", diverging)
+    monkeypatch.setattr("ditflow.sampling.guidance.optimise", diverging)
     method = replace(METHOD, optimize=optimize, guided_steps=2, learning_rate=(1e-3, 2e-3))
     with pytest.raises(NonFiniteError, match=r"^denoising step 2 .*what guidance optimised: \d+ of \d+ values"):
         generate(backbone, moving_video, method)
@@ -178,14 +179,14 @@ def test_global_random_numbers_neither_matter_nor_are_drawn(backbone, moving_vid
 def test_latents_alone_give_the_same_as_video_and_words(backbone, moving_video, optimize):
     method = replace(METHOD, optimize=optimize)
     generator = torch.Generator().manual_seed(1)
-    initial_latents = torch.randn(backbone.latent_shape(*CLIP), generator=generator)
+    initial_latents = torch.randn(backbone.layout.latent_shape(*CLIP), generator=generator)
     alone = transfer_latents(
         backbone,
         reference_latents=backbone.encode_video(moving_video),
         initial_latents=initial_latents,
-        prompt_embeds=backbone.encode_prompt(PROMPT),
-        negative_prompt_embeds=backbone.encode_prompt(""),
-        source_embeds=backbone.encode_prompt(""),
+        prompt_embeds=backbone.condition(PROMPT),
+        negative_prompt_embeds=backbone.condition(""),
+        source_embeds=backbone.condition(""),
         method=method,
         sampling=SAMPLING,
         generator=generator,
@@ -231,13 +232,13 @@ def test_a_missing_reference_is_refused_by_a_method_that_needs_it(rotary_backbon
 
 
 def test_missing_reference_latents_are_refused_by_a_method_that_needs_them(rotary_backbone):
-    latents = torch.randn(rotary_backbone.latent_shape(*CLIP))
+    latents = torch.randn(rotary_backbone.layout.latent_shape(*CLIP))
     with pytest.raises(ValueError, match="method ditflow needs reference_latents and source_embeds"):
         transfer_latents(
             rotary_backbone,
             reference_latents=None,
             initial_latents=latents,
-            prompt_embeds=rotary_backbone.encode_prompt(PROMPT),
+            prompt_embeds=rotary_backbone.condition(PROMPT),
             negative_prompt_embeds=None,
             source_embeds=None,
             method=METHOD,
@@ -247,6 +248,12 @@ def test_missing_reference_latents_are_refused_by_a_method_that_needs_them(rotar
 
 
 # ---------------------------------------------------------------------- classifier-free guidance
+
+
+def guidance_scale(sampling: SamplingSettings, timestep: int) -> float:
+    """The scale of CogVideoX's guider at a timestep."""
+    guider = CogVideoX.guider(None, sampling.resolve(ModelDefaults(blocks=(0,))))
+    return guider.scale(NoiseLevel(None, timestep, 0.5))
 
 
 def dynamic(scale: float = 6.0, steps: int = 50) -> SamplingSettings:
@@ -294,8 +301,8 @@ def test_classifier_free_guidance_takes_two_predictions_a_step_and_off_takes_one
 
 def test_guidance_moves_from_the_negative_prediction_through_the_prompts(backbone):
     """One step is linear in the prediction: scale 3 goes three times as far from scale 0 as scale 1."""
-    embeds = {"prompt": backbone.encode_prompt(PROMPT), "negative": backbone.encode_prompt("")}
-    initial = torch.randn(backbone.latent_shape(*CLIP))
+    embeds = {"prompt": backbone.condition(PROMPT), "negative": backbone.condition("")}
+    initial = torch.randn(backbone.layout.latent_shape(*CLIP))
 
     def after_one_step(prompt: str, negative: str | None, scale: float) -> torch.Tensor:
         return transfer_latents(

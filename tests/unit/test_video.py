@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from ditflow import video
-from ditflow.video import (
+from ditflow.media import video
+from ditflow.media.video import (
     CorruptVideoError,
     OversizedVideoError,
     TooShortVideoError,
@@ -246,8 +246,9 @@ def test_a_phone_s_rotation_written_into_the_track_header_is_followed(tmp_path):
 
 def test_a_slanted_display_matrix_is_an_error(tmp_path):
     path = save(tmp_path / "a.mp4", [quarters()], prepare=lambda s: s.set_display_rotation(30))
-    with pytest.raises(UndecodableVideoError, match=r"30\.0 degrees.*right angles"):
+    with pytest.raises(UndecodableVideoError, match=r"30\.0 degrees.*right angles") as caught:
         read(path, frames=1)
+    assert caught.value.code == "video-rotation-unsupported"
 
 
 def stripes(height, width, left, right):
@@ -307,9 +308,10 @@ def test_the_full_frame_comes_back_at_its_own_size(tmp_path):
 
 def test_a_clip_that_is_too_short_says_what_it_has_and_what_to_do(tmp_path):
     path = save(tmp_path / "a.mp4", counting(17))
-    expected = r"a\.mp4: 24 frames with stride 1 from frame 0 were asked, it has only 17\. .*at most 17 frames"
-    with pytest.raises(TooShortVideoError, match=expected):
+    expected = r"a\.mp4: 24 frames with stride 1 from frame 0 were requested, it has only 17\. .*at most 17 frames"
+    with pytest.raises(TooShortVideoError, match=expected) as caught:
         read(path, frames=24)
+    assert caught.value.code == "video-too-short"
     with pytest.raises(TooShortVideoError, match="only 17.*at most 5 frames"):
         read(path, frames=6, start=2, stride=3)
     with pytest.raises(TooShortVideoError, match="only 17.*start earlier"):
@@ -328,17 +330,18 @@ def wav(path):
 
 def test_what_is_no_video_is_refused_with_the_probable_cause(tmp_path):
     cases = {
-        b"": "empty",
-        b"<html><body>404 Not Found</body></html>" * 9: "it is text",
-        bytes(range(256)) * 64: "no known video format",
-        wav(tmp_path / "a.wav"): "wav file without a video stream: it holds audio",
+        b"": ("not-a-video", "empty"),
+        b"<html><body>404 Not Found</body></html>" * 9: ("not-a-video", "it is text"),
+        bytes(range(256)) * 64: ("not-a-video", "no known video format"),
+        wav(tmp_path / "a.wav"): ("no-video-stream", "wav file without a video stream: it holds audio"),
     }
-    for content, cause in cases.items():
+    for content, (code, cause) in cases.items():
         path = tmp_path / "renamed.mp4"
         path.write_bytes(content)
         for source in (path, content):
-            with pytest.raises(UndecodableVideoError, match=cause):
+            with pytest.raises(UndecodableVideoError, match=cause) as caught:
                 read(source)
+            assert caught.value.code == code
         with pytest.raises(UndecodableVideoError, match=cause):
             probe_video(path)
 
@@ -416,7 +419,7 @@ def test_a_cut_mp4_gives_its_whole_frames_and_nothing_after_the_damage():
     cut = content[: len(content) * 6 // 10]
     whole, part = read(content, frames=6), read(cut, frames=6)
     np.testing.assert_array_equal(part.frames, whole.frames)
-    with pytest.raises(CorruptVideoError, match=r"damaged near frame \d+, before the last wanted frame"):
+    with pytest.raises(CorruptVideoError, match=r"damaged near frame \d+, before the last requested frame"):
         read(cut, frames=24)
     with pytest.raises(CorruptVideoError):
         probe_video(cut)
@@ -452,8 +455,9 @@ def test_a_frame_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
     path = save(tmp_path / "a.mp4", counting(3))
     read(path, frames=3, max_pixels_per_frame=64 * 48)
     monkeypatch.setattr(video._Video, "decode", lambda self: pytest.fail("decoding began"))
-    with pytest.raises(OversizedVideoError, match="64x48 pixels, more than the accepted 3071"):
+    with pytest.raises(OversizedVideoError, match="64x48 pixels, more than the accepted 3071") as caught:
         read(path, frames=3, max_pixels_per_frame=64 * 48 - 1)
+    assert (caught.value.code, caught.value.key) == ("video-too-large", "references.max_pixels")
 
 
 @pytest.mark.parametrize(
@@ -466,16 +470,18 @@ def test_a_frame_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
     ],
 )
 def test_requests_without_sense_are_refused(request_, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(VideoError, match=message) as caught:
         read(b"never opened", **request_)
+    assert caught.value.code == "video-request-invalid"
 
 
 def test_a_description_of_a_network_session_opens_no_port(monkeypatch):
     """FFmpeg's own way with it is to wait ten seconds for pictures from the network."""
     session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 50004 RTP/AVP 96\n"
     session += b"a=rtpmap:96 H264/90000\n"
-    with pytest.raises(UndecodableVideoError, match="not a video that FFmpeg can open: it is text"):
+    with pytest.raises(UndecodableVideoError) as caught:
         read(session)
+    assert caught.value.code == "not-a-video"
     monkeypatch.setattr(video, "_FORMATS", "sdp")
     with pytest.raises(UndecodableVideoError, match="not a video that FFmpeg can open|format or size cannot be found"):
         read(session)
@@ -543,10 +549,11 @@ def test_the_same_frames_give_the_same_bytes_in_another_process(tmp_path):
     texture = moving(12)
     np.save(tmp_path / "frames.npy", texture)
     script = (
-        "import sys, numpy; from ditflow.video import write_video;write_video(sys.argv[2], numpy.load(sys.argv[1]), 10)"
+        "import sys, numpy as np; from ditflow.media import video; "
+        "video.write_video(sys.argv[2], np.load(sys.argv[1]), 10)"
     )
     arguments = [str(tmp_path / "frames.npy"), str(tmp_path / "b.mp4")]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=Path(video.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=Path(video.__file__).parents[2])
     assert (tmp_path / "b.mp4").read_bytes() == encode_video(texture, 10)
 
 
@@ -581,8 +588,9 @@ def test_strided_views_are_encoded_like_their_copies():
     ],
 )
 def test_frames_that_cannot_be_encoded_are_refused(frames, fps, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(VideoError, match=message) as caught:
         encode_video(frames, fps)
+    assert caught.value.code == ("video-request-invalid" if "fps" in message else "frames-not-encodable")
 
 
 def test_writing_replaces_the_file_in_one_move_and_leaves_nothing_else(tmp_path, monkeypatch):
@@ -615,6 +623,6 @@ def test_frames_that_grow_beyond_the_limit_are_oversized_not_damaged(monkeypatch
         if next(sizes, True):
             raise OversizedVideoError("too large")
 
-    monkeypatch.setattr("ditflow.video._Video._check_size", check)
+    monkeypatch.setattr("ditflow.media.video._Video._check_size", check)
     with pytest.raises(OversizedVideoError, match="^too large$"):
         read_video(data, frames=3, height=8, width=8)

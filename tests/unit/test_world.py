@@ -21,13 +21,14 @@ from ditflow.mini.world import (
     Scene,
     Sprite,
     WorldClip,
+    WorldError,
     ground_texture,
     latent_frame_times,
     prompt_of,
     render,
     sample_pair,
     sample_scene,
-    with_appearance_of,
+    swap_appearance,
 )
 
 TIMES = np.array([0.0, 2.5, 6.5, 10.5, 14.5])
@@ -140,20 +141,20 @@ def test_a_prompt_tells_looks_and_only_when_asked_motion():
 
 def test_borrowed_looks_change_the_prompt_and_keep_the_motion():
     scene, other = sample_scene(1, sprites=2, shot="pan"), sample_scene(2, "eval", sprites=2, shot="rest")
-    dressed = with_appearance_of(scene, other)
+    dressed = swap_appearance(scene, other)
     before, after = render(scene), render(dressed)
     np.testing.assert_array_equal(before.trajectories, after.trajectories)
     assert dressed.camera == scene.camera
     assert after.prompt == prompt_of(other) != before.prompt
-    with pytest.raises(ValueError, match="1 sprites, the one that lends its looks 2"):
-        with_appearance_of(sample_scene(1, sprites=1), other)
+    with pytest.raises(WorldError, match="1 sprites, the one with the other appearance 2"):
+        swap_appearance(sample_scene(1, sprites=1), other)
 
 
 def test_a_pair_shares_its_motion_and_none_of_its_looks():
     for seed in range(40):
         reference, target = sample_pair(seed, "eval")
         assert reference == sample_scene(seed, "eval")
-        assert with_appearance_of(target, reference) == reference
+        assert swap_appearance(target, reference) == reference
         assert reference.background.name != target.background.name
         for one, other in zip(reference.sprites, target.sprites, strict=True):
             assert one.appearance.shape != other.appearance.shape
@@ -250,17 +251,24 @@ def test_a_point_outside_the_picture_is_not_visible():
     assert truth.visible[0, 4, :8].tolist() == [False] * 4 + [True] * 4
 
 
-def test_wrong_requests_name_what_is_valid():
-    with pytest.raises(ValueError, match=r"'cube' is no shape of this world: it has ball, square"):
-        Appearance("cube", "red")
-    with pytest.raises(ValueError, match=r"'test' is no split .* train, eval"):
-        sample_scene(0, "test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'tilt' is no shot .* rest, pan, zoom"):
-        sample_scene(0, shot="tilt")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="1 or 2 sprites, not 0"):
-        sample_scene(0, sprites=0)
-    with pytest.raises(ValueError, match="expected 5 latent frames"):
-        render(sample_scene(0)).displacement(4, 8, 8)
+@pytest.mark.parametrize(
+    ("request_", "code", "message"),
+    [
+        (lambda: Appearance("cube", "red"), "world-word-unknown", "'cube' is not a shape .* it has ball, square"),
+        (lambda: sample_scene(0, "test"), "world-word-unknown", "'test' is not a split .* train, eval"),
+        (lambda: sample_scene(0, shot="tilt"), "world-word-unknown", "'tilt' is not a shot .* rest, pan, zoom"),
+        (lambda: sample_scene(0, sprites=0), "world-sprites-invalid", "0 sprites came, expected 1 or 2"),
+        (
+            lambda: render(sample_scene(0)).displacement(4, 8, 8),
+            "world-grid-mismatch",
+            "4 latent frames .* expected 5 latent frames",
+        ),
+    ],
+)
+def test_wrong_requests_name_what_is_valid(request_, code, message):
+    with pytest.raises(WorldError, match=message) as caught:
+        request_()
+    assert caught.value.code == code
 
 
 def test_a_pair_may_stay_on_its_ground_in_colours_that_stand_out_there():

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from ditflow.losses.base import Payload
+from ditflow.losses.base import Payload, weighted_mean
 from ditflow.types import CaptureKind, Features, TokenGrid
 
 
@@ -22,16 +22,15 @@ class FrameChangeLoss:
     reference_noise: ClassVar[float] = 0.0
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def from_settings(cls, method: object) -> FrameChangeLoss:
-        return cls()
-
-    def reference(self, capture: Features, grid: TokenGrid) -> Payload:
-        """Return {"changes": fp32 [F - 1, P, D]}."""
-        return {"changes": _changes(capture, grid).detach().cpu()}
+    def reference(self, capture: Features, grid: TokenGrid, weight: Tensor | None = None) -> Payload:
+        """Return {"changes": fp32 [F - 1, P, D]}, with the weights [F, P] if there are any."""
+        payload = {"changes": _changes(capture, grid).detach().cpu()}
+        return payload if weight is None else {**payload, "weight": weight.cpu()}
 
     def __call__(self, capture: Features, payload: Payload, grid: TokenGrid) -> Float[Tensor, ""]:
-        return mse_loss(_changes(capture, grid), payload["changes"].to(capture.tokens.device))
+        wanted, weight = payload["changes"].to(capture.tokens.device), payload.get("weight")
+        errors = mse_loss(_changes(capture, grid), wanted, reduction="none").mean(dim=-1)
+        return weighted_mean(errors, None if weight is None else weight[1:])
 
 
 def _changes(capture: Features, grid: TokenGrid) -> Float[Tensor, "changes patches inner"]:

@@ -1,0 +1,1 @@
+"""Sampling: the denoising loop, motion guidance within it, and what guidance optimises."""
