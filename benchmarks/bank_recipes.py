@@ -91,7 +91,7 @@ def recipe_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
         return moved_along_the_flow(backbone, extract_motion(backbone, clip.frames, DEFAULT))
 
     def started() -> MotionBank:
-        with mock.patch.object(PositionVariable, "zero", return_value=moved().change(0)):
+        with mock.patch.object(PositionVariable, "zero", return_value=moved().offsets(0)):
             return learned(backbone, clip, DEFAULT, seed)
 
     banks |= {BRIEF: brief, ONE_PROMPT: partial(learn, DEFAULT, prompts=1), STARTED: started}
@@ -100,7 +100,7 @@ def recipe_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
         bank = make_bank()
         return reused(backbone, clip, seed, bank) | {
             "loss_final": bank.header.losses[-1][-1],
-            "times smaller": times_smaller(backbone, bank.compacted(BANK_ERROR)),
+            "times smaller": times_smaller(backbone, bank.compressed(BANK_ERROR)),
         }
 
     return {
@@ -116,7 +116,7 @@ def compaction_ways(backbone: Backbone, clip: WorldClip, seed: int) -> Ways:
     learn = cache(partial(learned, backbone, clip, seed=seed))
 
     def compacted(name: str, error: float) -> Scores:
-        kept = learn(RECIPES[name]).compacted(error)
+        kept = learn(RECIPES[name]).compressed(error)
         return reused(backbone, clip, seed, kept) | {"times smaller": times_smaller(backbone, kept)}
 
     return {
@@ -196,10 +196,12 @@ def moved_along_the_flow(backbone: Backbone, motion: MotionReference) -> MotionB
         grid=(grid.frames, grid.height, grid.width),
         steps=steps,
         timesteps=tuple(level.timestep for level in backbone.schedule(steps, grid).levels[:guided]),
+        positions=backbone.positions(grid).name,
+        optimize="coordinates",
         method=settings_dict(method),
     )
     parts = backbone.positions(grid).zero("coordinates")
-    return MotionBank.of(header, [dict.fromkeys(parts, moves)] * guided, motion.latents)
+    return MotionBank.from_steps(header, [dict.fromkeys(parts, moves)] * guided, motion.latents)
 
 
 def mean_scores(

@@ -57,10 +57,12 @@ def learned_like(size: tuple[int, int, int], steps: int, guided_steps: int) -> M
         (grid.frames, grid.height, grid.width),
         steps,
         tuple(level.timestep for level in backbone.schedule(steps, grid).levels[:guided_steps]),
+        backbone.positions(grid).name,
+        "coordinates",
         {"name": "ditflow", "optimize": "coordinates"},
         provenance={"size": list(size), "fps": 8.0, "reference_fps": 8.0},
     )
-    return MotionBank.of(header, changes, latents, _flow(grid, generator))
+    return MotionBank.from_steps(header, changes, latents, _flow(grid, generator))
 
 
 def _flow(grid: TokenGrid, generator: torch.Generator) -> torch.Tensor:

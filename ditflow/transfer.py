@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditflow.backbones.contract import Backbone, Condition, PositionKind
+from ditflow.backbones.contract import Backbone, Condition
 from ditflow.banks.bank import BankHeader, BankMismatchError, MotionBank
 from ditflow.motion.reference import MotionReference, extract_motion, reference_from_latents
 from ditflow.sampling.denoise import Denoised, OnStep, denoise
 from ditflow.sampling.guidance import Generation, Guidance
 from ditflow.sampling.positions import PositionVariable
 from ditflow.settings import MethodSettings, ResolvedMethod, ResolvedSampling, SamplingSettings, settings_dict
-from ditflow.types import LearnedPosition, StepRecord, TokenGrid
+from ditflow.types import LearnedPosition, PositionKind, StepRecord, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def transfer_motion(
         size = (reference.shape[0], reference.shape[1], reference.shape[2])
     method = method or MethodSettings()
     if isinstance(reference, MotionBank):
-        method = reference.as_learned(method)
+        method = reference.with_bank_steps(method)
         _check_one_noise(method, "reuses a bank")
     resolved = method.resolve(backbone.defaults)
     resolved_sampling = (sampling or SamplingSettings()).resolve(backbone.defaults)
@@ -218,7 +218,7 @@ def generate_latents(
         _check_reference(backbone, motion, bank, grid, method, sampling.steps)
         guided_steps = method.count_guided_steps(sampling.steps)
         injected_steps = method.count_injected_steps(sampling.steps)
-        optimize = method.optimize if bank is None else bank.optimize
+        optimize = method.optimize if bank is None else bank.header.optimize
         kind: PositionKind = "coordinates" if optimize == "coordinates" else "position"
         variable = PositionVariable(backbone.positions(grid), kind, grid, method.stay, method.smooth)
         if bank is not None:
@@ -328,7 +328,8 @@ def _check_reference(
     """Raise for a reference or bank that is missing, incomplete, or made for another model, grid or schedule."""
     if bank is not None:
         timesteps = [level.timestep for level in backbone.schedule(steps, grid).levels]
-        bank.check_fits(backbone.revision, grid, timesteps, method.count_guided_steps(steps))
+        positions = backbone.positions(grid).name
+        bank.check_fits(backbone.revision, positions, grid, timesteps, method.count_guided_steps(steps))
     elif motion is None:
         raise ValueError(f"method {method.name} needs a reference video, a motion reference or a bank")
     else:
@@ -345,11 +346,15 @@ def _check_shapes(backbone: Backbone, bank: MotionBank, grid: TokenGrid, start: 
     shapes = {part: tuple(value.shape) for part, value in start.items()}
     came = {part: values.shape[1:] for part, values in bank.parts.items()}
     if came != shapes:
-        raise BankMismatchError(f"this motion bank has positions {came}, the model's are {shapes}: it is damaged")
+        raise BankMismatchError(
+            f"this motion bank has positions {came}, the model's are {shapes}: it is damaged",
+            code="bank-parts",
+        )
     if bank.latents is not None and backbone.layout.grid(bank.latents.shape) != grid:
         raise BankMismatchError(
             f"this motion bank has a reference's latents {list(bank.latents.shape)}, which make no {grid} grid: it is "
-            "damaged"
+            "damaged",
+            code="bank-latents",
         )
 
 
@@ -362,11 +367,13 @@ def _bank_of(
         grid=(motion.grid.frames, motion.grid.height, motion.grid.width),
         steps=steps,
         timesteps=tuple(denoised.timesteps[: len(denoised.positions)]),
+        positions=backbone.positions(motion.grid).name,
+        optimize="coordinates" if method.optimize == "coordinates" else "position",
         method=settings_dict(method),
         injected_steps=method.count_injected_steps(steps),
         losses=tuple(tuple(record.losses) for record in denoised.records if record.losses),
     )
-    return MotionBank.of(header, denoised.positions, motion.latents, motion.flow)
+    return MotionBank.from_steps(header, denoised.positions, motion.latents, motion.flow)
 
 
 def _signed(bank: MotionBank | None, prompt: str, size: tuple[int, int, int]) -> MotionBank | None:

@@ -19,6 +19,8 @@ PositionEmbedding = dict[str, Tensor]
 """A position embedding by part: query_cos, query_sin, key_cos, key_sin [S, d], or additive [S, D]."""
 LearnedPosition = dict[str, Tensor]
 """Learned offsets of a position embedding: of its parts, or of coordinates [S, 3] of tokens, or of queries and keys."""
+PositionKind = Literal["position", "coordinates"]
+"""What is learned of a position embedding: offsets of its values, or of the tokens' coordinates."""
 
 
 class TokenGridError(DitflowError, ValueError):

@@ -52,7 +52,7 @@ def shown(uri: str, options: dict[str, Any], plot: Path | None) -> dict[str, Any
         _draw(bank, uri, plot)
     tensors = {part: values.nbytes for part, values in bank.parts.items()}
     kept = {name: tensor.nbytes for name in ("latents", "flow") if (tensor := getattr(bank, name)) is not None}
-    return {**asdict(bank.header), "optimize": bank.optimize, "bytes": len(data), "tensor_bytes": tensors | kept}
+    return {**asdict(bank.header), "bytes": len(data), "tensor_bytes": tensors | kept}
 
 
 def _draw(bank: Any, uri: str, plot: Path) -> None:

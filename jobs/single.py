@@ -191,7 +191,7 @@ def _as_learned(
 ) -> tuple[MethodSettings, SamplingSettings]:
     """Take from the bank what the user left open: it serves only the schedule that it was learned in."""
     steps = sampling.steps or bank.header.steps
-    return replace(method, optimize=bank.optimize), replace(sampling, steps=steps)
+    return replace(method, optimize=bank.header.optimize), replace(sampling, steps=steps)
 
 
 def _source(

@@ -148,7 +148,7 @@ class Output:
     fps: frames per second of the videos (None: the reference's). spread: outputs lie in 256 folders, named by the first
     two digits of their ids, because file systems are slow with folders of millions (None: in jobs of 100,000 rows).
     bank_error: how much of what a bank has learned may be left out to make it small, as a share of each part's size (0:
-    everything is kept); see `MotionBank.compacted`.
+    everything is kept); see `MotionBank.compressed`.
     """
 
     uri: str

@@ -17,6 +17,8 @@ def handmade_bank(move: tuple[int, int] = (1, 0), **header: Any) -> MotionBank:
         "grid": GRID,
         "steps": 4,
         "timesteps": (999, 749),
+        "positions": "rotary",
+        "optimize": "coordinates",
         "method": {"name": "ditflow", "optimize": "coordinates"},
         "prompt": "a ball",
         "losses": ((1.0, 0.5), (0.4, 0.25)),
@@ -31,4 +33,4 @@ def handmade_bank(move: tuple[int, int] = (1, 0), **header: Any) -> MotionBank:
     tokens, patches = GRID[0] * GRID[1] * GRID[2], GRID[1] * GRID[2]
     changes = [{"query": torch.full((tokens, 3), 0.5), "key": torch.ones(tokens, 3)} for _ in range(2)]
     flow = torch.tensor(move, dtype=torch.int8).expand(GRID[0] - 1, patches, 2)
-    return MotionBank.of(BankHeader(**{**values, **header}), changes, None, flow)
+    return MotionBank.from_steps(BankHeader(**{**values, **header}), changes, None, flow)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -121,24 +121,25 @@ def bank_seeds() -> list[bytes]:
     method = {"name": "ditflow", "blocks": [1], "learning_rate": [0.002, 0.001]}
     losses = ((1.0, 0.5), (0.4, 0.3))
     header = BankHeader(
-        "mini", "0123", (3, 2, 2), 4, (999, 749), method, 3, "a ball", losses, tags=("pan",), provenance=provenance
-    )
+        "mini", "0123", (3, 2, 2), 4, (999, 749), "rotary", "position", method, 3, "a ball", losses,
+        tags=("pan",), provenance=provenance,
+    )  # fmt: skip
     rotary = [{part: torch.ones(12, 2) for part in ("query_cos", "query_sin", "key_cos", "key_sin")} for _ in "ab"]
     additive = [{"additive": torch.ones(12, 4)} for _ in "ab"]
     coordinates = [{"query": torch.ones(12, 3), "key": torch.ones(12, 3)} for _ in "ab"]
     latents, flow = torch.zeros(1, 3, 2, 4, 4), torch.ones(2, 4, 2, dtype=torch.int8)
     banks = (
-        MotionBank.of(header, rotary, latents, flow),
-        MotionBank.of(header, additive),
-        MotionBank.of(header, coordinates),
+        MotionBank.from_steps(header, rotary, latents, flow),
+        MotionBank.from_steps(replace(header, positions="additive"), additive),
+        MotionBank.from_steps(replace(header, optimize="coordinates"), coordinates),
     )
-    return [bank.to_bytes() for bank in (*banks, banks[0].compacted(0.1))]
+    return [bank.to_bytes() for bank in (*banks, banks[0].compressed(0.1))]
 
 
 def read_bank(data: bytes) -> None:
     bank = MotionBank.from_bytes(data, "bank.safetensors")
     for step in range(bank.guided_steps):
-        assert {len(change) for change in bank.change(step).values()} == {TokenGrid(*bank.header.grid).tokens}
+        assert {len(change) for change in bank.offsets(step).values()} == {TokenGrid(*bank.header.grid).tokens}
 
 
 def motion_seeds() -> list[bytes]:

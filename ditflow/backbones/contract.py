@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 
 from ditflow.layout import LatentLayout
 from ditflow.settings import ExecutionSettings, ModelDefaults, ResolvedSampling
-from ditflow.types import CaptureKind, KeysValues, LearnedPosition, PositionEmbedding, TokenGrid
+from ditflow.types import CaptureKind, KeysValues, LearnedPosition, PositionEmbedding, PositionKind, TokenGrid
 
 Condition = Any
 """A family's encoding of a prompt (and an image): text embeddings, and whatever else its passes need. Opaque here."""
-PositionKind = Literal["position", "coordinates"]
-"""What is learned of a position embedding: offsets of its values, or of the tokens' coordinates."""
 
 
 # ------------------------------------------------------------------------------------------------- sizes and lengths

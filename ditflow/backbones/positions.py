@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ditflow.backbones.contract import PositionKind
 from ditflow.errors import SettingsError
-from ditflow.types import LearnedPosition, PositionEmbedding, TokenGrid
+from ditflow.types import LearnedPosition, PositionEmbedding, PositionKind, TokenGrid
 
 _BASE = 10_000.0
 """Ratio of the highest to the lowest frequency of an axis, as in all supported models."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from ditflow.layout import LatentLayout
 from ditflow.media.video import is_selection
 from ditflow.motion import MotionStatistics, motion_statistics
 from ditflow.settings import MethodSettings
-from ditflow.types import LearnedPosition, TokenGrid
+from ditflow.types import LearnedPosition, PositionKind, TokenGrid
 
-_KIND, _FORMAT = "motion bank", 4
+_KIND, _FORMAT = "motion bank", 5
 _LIBRARIES = ("ditflow", "torch", "diffusers")
 
 
@@ -47,9 +47,10 @@ class BankMismatchError(DitflowError, ValueError):
 class BankHeader:
     """Everything that a bank's offsets depend on, and their provenance.
 
-    model_revision: hash of the model folder, scheduler included. injected_steps: first steps in which reuse injects the
-    reference's keys and values; None: the guided steps. error: relative error of the compression, 0 without. motion:
-    statistics of the reference's motion, None for losses without a displacement. tags: free words of the user.
+    model_revision: hash of the model folder, scheduler included. positions: name of the model's `PositionScheme`.
+    optimize: what was learned of it. injected_steps: first steps in which reuse injects the reference's keys and
+    values; None: the guided steps. error: relative error of the compression, 0 without. motion: statistics of the
+    reference's motion, None for losses without a displacement. tags: free words of the user.
     """
 
     model: str
@@ -57,6 +58,8 @@ class BankHeader:
     grid: tuple[int, int, int]
     steps: int
     timesteps: tuple[int | float, ...]
+    positions: str
+    optimize: PositionKind
     method: dict[str, Any]
     injected_steps: int | None = None
     prompt: str = ""
@@ -83,15 +86,15 @@ class MotionBank:
     flow: Tensor | None = None
 
     @classmethod
-    def of(
+    def from_steps(
         cls,
         header: BankHeader,
-        changes: Sequence[LearnedPosition],
+        offsets: Sequence[LearnedPosition],
         latents: Tensor | None = None,
         flow: Tensor | None = None,
     ) -> MotionBank:
         """Build a bank from the learned offsets of every guided step, in order and uncompressed."""
-        parts = {part: StepOffsets(torch.stack([change[part] for change in changes]).cpu()) for part in changes[0]}
+        parts = {part: StepOffsets(torch.stack([step[part] for step in offsets]).cpu()) for part in offsets[0]}
         motion = None if flow is None else motion_statistics(flow)
         return cls(replace(header, motion=motion), parts, latents, flow)
 
@@ -100,12 +103,7 @@ class MotionBank:
         """Number of guided steps that the bank has offsets for."""
         return len(self.header.timesteps)
 
-    @property
-    def optimize(self) -> Literal["position", "coordinates"]:
-        """The optimised variable: `position` or `coordinates`."""
-        return "coordinates" if self.parts.keys() <= {"query", "key", "token"} else "position"
-
-    def as_learned(self, method: MethodSettings) -> MethodSettings:
+    def with_bank_steps(self, method: MethodSettings) -> MethodSettings:
         """Return the method with its unset numbers of guided and injected steps taken from this bank."""
         guided_steps = self.guided_steps if method.guided_steps is None else method.guided_steps
         injected_steps = method.injected_steps
@@ -113,11 +111,11 @@ class MotionBank:
             injected_steps = guided_steps if self.header.injected_steps is None else self.header.injected_steps
         return replace(method, guided_steps=guided_steps, injected_steps=injected_steps)
 
-    def change(self, step: int) -> LearnedPosition:
+    def offsets(self, step: int) -> LearnedPosition:
         """Return the learned offsets of a guided step, in fp32."""
         return {part: values.at(step) for part, values in self.parts.items()}
 
-    def compacted(self, error: float) -> MotionBank:
+    def compressed(self, error: float) -> MotionBank:
         """Return the bank with each part compressed to a relative error of at most `error`; 0 changes nothing.
 
         The reference's latents are stored in 16 bits.
@@ -137,7 +135,7 @@ class MotionBank:
         """
         if self.header.provenance.get("size") == list(size):
             return self
-        if self.optimize != "coordinates":
+        if self.header.optimize != "coordinates":
             raise BankMismatchError(
                 f"this motion bank has free positions of a {TokenGrid(*self.header.grid)} grid, which cannot be "
                 "resized: learn it with optimize: coordinates, or leave the size to the bank",
@@ -157,8 +155,18 @@ class MotionBank:
         header = replace(self.header, grid=grid, motion=None, provenance={**self.header.provenance, "size": list(size)})
         return replace(self, header=header, parts=parts, latents=latents, flow=None)
 
-    def check_fits(self, revision: str, grid: TokenGrid, timesteps: Sequence[int | float], guided_steps: int) -> None:
-        """Raise BankMismatchError unless this bank was learned for this model, token grid and schedule."""
+    def check_fits(
+        self,
+        revision: str,
+        positions: str,
+        grid: TokenGrid,
+        timesteps: Sequence[int | float],
+        guided_steps: int,
+    ) -> None:
+        """Raise BankMismatchError unless this bank was learned for this model, token grid and schedule.
+
+        revision, positions: of the model; the latter is the name of its `PositionScheme`.
+        """
         if guided_steps > self.guided_steps:
             raise BankMismatchError(
                 f"this motion bank has positions for {self.guided_steps} guided steps, the generation asks for "
@@ -169,6 +177,7 @@ class MotionBank:
         own, first = self.header, list(timesteps[: self.guided_steps])
         for what, code, key, its, wanted in (
             ("model revision", "bank-model-revision", "model.path", own.model_revision, revision),
+            ("position embedding", "bank-positions", "model.path", own.positions, positions),
             ("token grid", "bank-token-grid", None, str(TokenGrid(*own.grid)), str(grid)),
             ("number of denoising steps", "bank-steps", "sampling.steps", own.steps, len(timesteps)),
             ("first timesteps", "bank-timesteps", None, list(own.timesteps), first),
@@ -202,9 +211,8 @@ class MotionBank:
             part, form = _part_and_form(key, name)
             forms.setdefault(part, {})[form] = tensor
         parts = {part: _step_offsets(part, tensors, header, name) for part, tensors in forms.items()}
-        if parts.keys() not in _PARTS:
-            known, came = " or ".join(", ".join(sorted(names)) for names in _PARTS), ", ".join(parts) or "nothing"
-            raise ArtifactError(f"{name} has offsets of {came}, expected {known}: it is damaged")
+        if not parts:
+            raise ArtifactError(f"{name} has no offsets: it is damaged")
         return cls(header, parts, latents, flow)
 
     @classmethod
@@ -214,10 +222,6 @@ class MotionBank:
         data: the file, or at least its first `ditflow.artifact.header_end` bytes; size: then the file's size in bytes.
         """
         return _header(read_artifact_header(_KIND, _FORMAT, data, len(data) if size is None else size, name), name)
-
-
-_PARTS = ({"query_cos", "query_sin", "key_cos", "key_sin"}, {"additive"}, {"query", "key"}, {"token"})
-"""Parts of free positions (rotary, additive) and of coordinates (rotary, additive)."""
 
 
 def _part_and_form(key: str, name: str) -> tuple[str, str]:
@@ -243,7 +247,7 @@ def _step_offsets(part: str, tensors: dict[str, Tensor], header: BankHeader, nam
         expected = (len(header.timesteps), TokenGrid(*header.grid).tokens)
         ranks = {t.shape[-1] for t in tensors.values()}
         fits = values.shape[:2] == expected and (values.whole is not None or len(ranks) == 1)
-        if fits and _has_valid_channels(part, values) and all(t.numel() for t in tensors.values()):
+        if fits and _has_valid_channels(header.optimize, values) and all(t.numel() for t in tensors.values()):
             return values
     came = ", ".join(f"{form} {t.dtype} {list(t.shape)}" for form, t in tensors.items())
     raise ArtifactError(
@@ -259,10 +263,10 @@ _MAX_VALUES = 2**28
 """Values of a free position in one step: 1 GiB in fp32, eight times the largest of CogVideoX."""
 
 
-def _has_valid_channels(part: str, values: StepOffsets) -> bool:
+def _has_valid_channels(optimize: PositionKind, values: StepOffsets) -> bool:
     """Return whether coordinates have three channels, and a free position at most `_MAX_VALUES` values."""
     _, tokens, channels = values.shape
-    return channels == _AXES if part in ("query", "key", "token") else tokens * channels <= _MAX_VALUES
+    return channels == _AXES if optimize == "coordinates" else tokens * channels <= _MAX_VALUES
 
 
 def _check_latents(latents: Tensor | None, header: BankHeader, name: str) -> None:
@@ -387,6 +391,8 @@ _HEADER_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "grid": (f"three counts, of at most {MAX_TOKENS} tokens", is_grid),
     "steps": (f"a count up to {_MAX_STEPS}", lambda value: _is_count(value) and value <= _MAX_STEPS),
     "timesteps": (f"up to {_MAX_STEPS} numbers", lambda value: _is_list(value, _is_number, _MAX_STEPS)),
+    "positions": ("a name", _is_string),
+    "optimize": ("position or coordinates", lambda value: value in ("position", "coordinates")),
     "method": ("a mapping", lambda value: isinstance(value, dict)),
     "injected_steps": (
         f"a count up to {_MAX_STEPS}, or null",

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from ditflow.media.optical_flow import Flow, GreyFrame, dis_flow, follow, is_inside, sample_field
 from ditflow.metrics.base import EvaluatedClip, MetricSettings, Need
-from ditflow.metrics.tracks import MAX_FORWARD_BACKWARD_ERROR, Flow, check_trackable, dis_flow, is_inside
+from ditflow.metrics.tracks import MAX_FORWARD_BACKWARD_ERROR, check_trackable, finest_scale
 
 MIN_CONSISTENT = 0.5
 """Fraction of a frame's pixels whose flow must be consistent for the others to be ignored.
@@ -45,38 +46,29 @@ def warp_error(frames: np.ndarray) -> float:
     Raises MetricInputError as `check_trackable` does.
     """
     check_trackable(frames)
-    flow = dis_flow(*frames.shape[1:3])
+    flow = dis_flow(finest_scale(frames))
     return float(np.mean([_pair_error(before, after, flow) for before, after in pairwise(frames)]))
 
 
 def _pair_error(before: Colours, after: Colours, flow: Flow) -> float:
     grey_before, grey_after = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, after))
     positions, consistent = _match(grey_before, grey_after, flow)
-    warped = _difference(_sample(after.astype(np.float32), positions), before)
+    warped = _difference(sample_field(after.astype(np.float32), positions), before)
     if consistent.mean() >= MIN_CONSISTENT:
         return float(warped[consistent].mean())
     return float(np.where(consistent, warped, _difference(after, before)).mean())
 
 
-def _match(
-    before: UInt8[np.ndarray, "height width"], after: UInt8[np.ndarray, "height width"], flow: Flow
-) -> tuple[Positions, Bool[np.ndarray, "height width"]]:
+def _match(before: GreyFrame, after: GreyFrame, flow: Flow) -> tuple[Positions, Bool[np.ndarray, "height width"]]:
     """Return the position of each pixel of a grey frame in the next one, and whether its flow is consistent."""
     height, width = before.shape
     start = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
-    positions = start + flow(before, after)
-    returned = positions + _sample(flow(after, before), positions)
-    consistent = np.linalg.norm(returned - start, axis=-1) <= MAX_FORWARD_BACKWARD_ERROR
-    return positions, consistent & is_inside(positions, height, width)
+    positions, error = follow(start, flow(before, after), flow(after, before))
+    return positions, (error <= MAX_FORWARD_BACKWARD_ERROR) & is_inside(positions, height, width)
 
 
 def _difference(picture: np.ndarray, other: np.ndarray) -> Levels:
     return np.abs(picture.astype(float) - other).mean(axis=-1)
-
-
-def _sample(field: Float32[np.ndarray, "height width channels"], positions: Positions) -> np.ndarray:
-    """Return bilinear samples of a field at positions; outside, those of the nearest edge."""
-    return cv2.remap(field, positions, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 class WarpError:

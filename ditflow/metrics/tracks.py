@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
+from ditflow.media.optical_flow import GreyFrame, dis_flow, follow, is_inside
 from ditflow.metrics.errors import MetricInputError
 
 POINTS_PER_SIDE = 20
@@ -35,13 +36,10 @@ DIS_HALF_RESOLUTION_FROM = 256
 """Smaller side in pixels from which the dense flow is computed at half the resolution: as accurate there, in a quarter
 of the time. In a 64x64 clip half the resolution would blur small objects into the background."""
 
-GreyFrame = UInt8[np.ndarray, "height width"]
 Points = Float32[np.ndarray, "points 2"]
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From two neighbouring grey frames and points of the first: their positions in the second, and their forward-backward
 errors."""
-Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From two grey frames uint8 [H, W] to the displacements float32 [H, W, 2] of the first one's pixels, (x, y)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +88,7 @@ def lucas_kanade_tracks(frames: np.ndarray) -> Tracks:
     def step(before: GreyFrame, after: GreyFrame, points: Points) -> tuple[Points, np.ndarray]:
         arrived, found = match(points, before, after)
         returned, found_back = match(arrived, after, before)
-        return arrived, np.where(found & found_back, _distance(returned, points), np.inf)
+        return arrived, np.where(found & found_back, np.hypot(*(returned - points).T), np.inf)
 
     return _follow(frames, step)
 
@@ -101,12 +99,11 @@ def dis_tracks(frames: np.ndarray) -> Tracks:
     Raises MetricInputError as `check_trackable` does. Points without texture move with their surroundings.
     """
     check_trackable(frames)
-    flow = dis_flow(*frames.shape[1:3])
+    flow = dis_flow(finest_scale(frames))
 
     def step(before: GreyFrame, after: GreyFrame, points: Points) -> tuple[Points, np.ndarray]:
-        arrived = points + _sample(flow(before, after), points)
-        returned = arrived + _sample(flow(after, before), arrived)
-        return arrived, _distance(returned, points)
+        arrived, error = follow(points[:, None], flow(before, after), flow(after, before))
+        return arrived[:, 0], error[:, 0]
 
     return _follow(frames, step)
 
@@ -117,11 +114,9 @@ TRACKERS: dict[str, Tracker] = {"lucas-kanade": lucas_kanade_tracks, "dis": dis_
 """Trackers without weights by name."""
 
 
-def dis_flow(height: int, width: int) -> Flow:
-    """Return the dense inverse search flow (DIS) for frames of this size in pixels."""
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flow.setFinestScale(0 if min(height, width) < DIS_HALF_RESOLUTION_FROM else 1)
-    return lambda before, after: flow.calc(before, after, None)
+def finest_scale(frames: UInt8[np.ndarray, "frames height width 3"]) -> int:
+    """Return the finest scale for the flow of these frames; see `DIS_HALF_RESOLUTION_FROM`."""
+    return 0 if min(frames.shape[1:3]) < DIS_HALF_RESOLUTION_FROM else 1
 
 
 def query_grid(height: int, width: int) -> Points:
@@ -129,12 +124,6 @@ def query_grid(height: int, width: int) -> Points:
     spacing = max(1.0, min(height, width) / POINTS_PER_SIDE)
     x, y = ((np.arange(count := round(side / spacing)) + 0.5) * side / count - 0.5 for side in (width, height))
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2).astype(np.float32)
-
-
-def is_inside(points: Float32[np.ndarray, "*many 2"], height: int, width: int) -> Bool[np.ndarray, "*many"]:
-    """Return which points (x, y) lie on a pixel of the frame; points that are not finite do not."""
-    x, y = points[..., 0], points[..., 1]
-    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def _follow(frames: UInt8[np.ndarray, "frames height width 3"], step: Step) -> Tracks:
@@ -147,15 +136,6 @@ def _follow(frames: UInt8[np.ndarray, "frames height width 3"], step: Step) -> T
         places.append(np.where(kept[:, None], arrived, places[-1]))
         seen.append(kept)
     return Tracks(np.stack(places, axis=1), np.stack(seen, axis=1))
-
-
-def _distance(points: Points, others: Points) -> Float32[np.ndarray, " points"]:
-    return np.hypot(*(points - others).T)
-
-
-def _sample(field: Float32[np.ndarray, "height width 2"], points: Points) -> Points:
-    """Return bilinear samples of a field at points; outside, those of the nearest edge."""
-    return cv2.remap(field, points[:, None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
 
 
 def _window_and_levels(side: int) -> tuple[int, int]:

@@ -128,7 +128,7 @@ class Guidance:
             return unguided
         if self.bank is not None:
             device = latents[0].device
-            stored = {part: value.to(device) for part, value in self.bank.change(step).items()}
+            stored = {part: value.to(device) for part, value in self.bank.offsets(step).items()}
             return GuidanceResult(latents, injected, self.variable.embedding(stored))
         rate = self.method.learning_rates(self.guided_steps)[step]
         if self.method.optimize == "latent":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditflow.backbones.contract import PositionKind, PositionScheme
-from ditflow.types import LearnedPosition, PositionEmbedding, TokenGrid
+from ditflow.backbones.contract import PositionScheme
+from ditflow.types import LearnedPosition, PositionEmbedding, PositionKind, TokenGrid
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class FinishRow:
             "seed": work.seed,
         }
         header = replace(result.bank.header, provenance=provenance, tags=work.tags)
-        bank = replace(result.bank, header=header).compacted(self._job.output.bank_error)
+        bank = replace(result.bank, header=header).compressed(self._job.output.bank_error)
         writing = time.perf_counter()
         stored = self._desk.store.put(self._job.key("banks", f"{work.row_id}.safetensors"), bank.to_bytes())
         timings = {"seconds_write": time.perf_counter() - writing, "bank_uri": stored.uri}

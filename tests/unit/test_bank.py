@@ -67,7 +67,7 @@ def rotary(rotary_backbone, moving_video) -> Learned:
 def assert_same_positions(one: MotionBank, other: MotionBank) -> None:
     assert one.guided_steps == other.guided_steps
     for step in range(one.guided_steps):
-        change, expected = one.change(step), other.change(step)
+        change, expected = one.offsets(step), other.offsets(step)
         assert change.keys() == expected.keys()
         assert all(torch.equal(change[part], expected[part]) for part in expected)
 
@@ -139,13 +139,13 @@ def test_the_steps_of_a_bank_stand_in_order(rotary):
     tokens = TokenGrid(*rotary.bank.header.grid).tokens
     changes = [{"query": torch.full((tokens, 3), float(n)), "key": torch.zeros(tokens, 3)} for n in range(12)]
     header = replace(rotary.bank.header, timesteps=tuple(range(12)))
-    loaded = MotionBank.from_bytes(MotionBank.of(header, changes).to_bytes())
-    assert [loaded.change(step)["query"][0, 0].item() for step in range(12)] == list(range(12))
+    loaded = MotionBank.from_bytes(MotionBank.from_steps(header, changes).to_bytes())
+    assert [loaded.offsets(step)["query"][0, 0].item() for step in range(12)] == list(range(12))
 
 
 @pytest.mark.parametrize("error", [0.3, 0.05, 0.002])
-def test_a_compacted_bank_is_smaller_and_as_near_as_was_asked_for(learned, error):
-    small = learned.bank.compacted(error)
+def test_a_compressed_bank_is_smaller_and_as_near_as_was_asked_for(learned, error):
+    small = learned.bank.compressed(error)
     assert small.header.error == error
     assert len(small.to_bytes()) < 0.8 * len(learned.data)
     for part, values in small.parts.items():
@@ -155,12 +155,12 @@ def test_a_compacted_bank_is_smaller_and_as_near_as_was_asked_for(learned, error
     assert_same_positions(MotionBank.from_bytes(small.to_bytes()), small)
 
 
-def test_a_bank_compacted_by_nothing_is_the_bank(learned):
-    assert learned.bank.compacted(0.0) is learned.bank
+def test_a_bank_compressed_by_nothing_is_the_bank(learned):
+    assert learned.bank.compressed(0.0) is learned.bank
 
 
-def test_a_compacted_bank_moves_the_video_almost_the_same(learned, backbone):
-    whole, small = (generate(backbone, bank) for bank in (learned.bank, learned.bank.compacted(0.01)))
+def test_a_compressed_bank_moves_the_video_almost_the_same(learned, backbone):
+    whole, small = (generate(backbone, bank) for bank in (learned.bank, learned.bank.compressed(0.01)))
     assert (small.latents - whole.latents).norm() < 0.01 * whole.latents.norm()
 
 
@@ -178,7 +178,7 @@ def header_of(learned: Learned) -> dict:
         (lambda learned: learned.reference.to_bytes(), "artifact-wrong-kind"),
         (lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}), "artifact-newer-format"),
         (lambda learned: write_artifact("motion bank", 3, header_of(learned), {}), "artifact-older-format"),
-        (lambda learned: write_artifact("motion bank", 4, {"model": "x"}, {}), "artifact-damaged"),
+        (lambda learned: write_artifact("motion bank", 5, {"model": "x"}, {}), "artifact-damaged"),
     ],
     ids=["pickle", "half", "one-byte-short", "motion-reference", "newer", "older", "no-header"],
 )
@@ -195,11 +195,11 @@ def test_another_file_is_refused_with_what_it_is(rotary, damage, code):
         (lambda learned: learned.reference.to_bytes(), "is not a motion bank: it is a motion reference"),
         (
             lambda learned: write_artifact("motion bank", 1000, header_of(learned), {}),
-            "has motion bank format 1000; this version reads format 4: upgrade ditflow",
+            "has motion bank format 1000; this version reads format 5: upgrade ditflow",
         ),
         (
-            lambda learned: write_artifact("motion bank", 3, header_of(learned), {}),
-            "format 3.* reads format 4: make it",
+            lambda learned: write_artifact("motion bank", 4, header_of(learned), {}),
+            "format 4.* reads format 5: make it",
         ),
     ],
     ids=["not-safetensors", "wrong-kind", "newer", "older"],
@@ -210,18 +210,18 @@ def test_the_message_says_what_the_file_is_and_what_to_do(rotary, damage, messag
 
 
 def with_header(learned: Learned, **changes) -> bytes:
-    return write_artifact("motion bank", 4, {**header_of(learned), **changes}, {})
+    return write_artifact("motion bank", 5, {**header_of(learned), **changes}, {})
 
 
 def renamed(learned: Learned, name: str, *shape: int) -> bytes:
-    return write_artifact("motion bank", 4, header_of(learned), {name: torch.zeros(shape or (2, 2))})
+    return write_artifact("motion bank", 5, header_of(learned), {name: torch.zeros(shape or (2, 2))})
 
 
-def factors(learned: Learned, part: str, channels: int, rank: int) -> bytes:
+def factors(learned: Learned, part: str, channels: int, rank: int, optimize: str = "position") -> bytes:
     """A bank of one part in two factors, which multiply to 2 steps of 48 tokens with so many channels."""
     tensors = {"left": torch.zeros(48, rank).half(), "right": torch.zeros(2, channels, rank).half()}
     named = {f"{part}.{form}": tensor for form, tensor in tensors.items()}
-    return write_artifact("motion bank", 4, header_of(learned), named)
+    return write_artifact("motion bank", 5, {**header_of(learned), "optimize": optimize}, named)
 
 
 def motion_of(learned: Learned) -> dict:
@@ -231,7 +231,7 @@ def motion_of(learned: Learned) -> dict:
 def with_flow(learned: Learned, **changes) -> bytes:
     """The file with all of its tensors and another header."""
     tensors = {"flow": learned.bank.flow}
-    return write_artifact("motion bank", 4, {**header_of(learned), **changes}, tensors)
+    return write_artifact("motion bank", 5, {**header_of(learned), **changes}, tensors)
 
 
 def rewritten(learned: Learned, change) -> bytes:
@@ -295,15 +295,16 @@ DAMAGED = {
     "a video of a year": (
         lambda bank: with_header(bank, provenance={"size": [2**30, 32, 32]}), "size .* on a grid"
     ),
-    "moves along six axes": (lambda bank: factors(bank, "query", 6, 1), "for query "),
+    "moves along six axes": (lambda bank: factors(bank, "query", 6, 1, optimize="coordinates"), "for query "),
     "a terabyte of one column": (lambda bank: factors(bank, "additive", 2**23, 1), "for additive "),
     "a petabyte of nothing": (lambda bank: factors(bank, "additive", 2**50, 0), "for additive "),
     "values of nothing": (lambda bank: factors(bank, "additive", 5, 0), "for additive"),
     "latents of no number": (lambda bank: renamed(bank, "latents", 1, 3, 0, 8, 8), r"latents torch.float32 \[1, 3, 0"),
     "latents of two clips": (lambda bank: renamed(bank, "latents", 2, 3, 4, 8, 8), r"latents torch.float32 \[2, 3"),
     "latents of a larger video": (lambda bank: renamed(bank, "latents", 1, 3, 1, 99, 8), r"latents torch.* 99, 8\]"),
-    "a part alone": (lambda bank: renamed(bank, "query.whole", 2, 48, 3), "offsets of query"),
-    "no part": (lambda bank: with_header(bank), "offsets of nothing"),
+    "no part": (lambda bank: with_header(bank), "has no offsets"),
+    "positions that are no name": (lambda bank: with_header(bank, positions=5), "positions 5"),
+    "an optimized variable of no kind": (lambda bank: with_header(bank, optimize="latent"), "optimize 'latent'"),
     "an injection of no step": (
         lambda bank: with_header(bank, injected_steps=0), "injected_steps 0"
     ),
@@ -362,6 +363,8 @@ def small_bank() -> MotionBank:
         (2, 2, 2),
         4,
         (999,),
+        "rotary",
+        "coordinates",
         {"name": "ditflow"},
         1,
         'a "sha256_header": ball',
@@ -370,7 +373,7 @@ def small_bank() -> MotionBank:
     )
     parts = [{"query": torch.ones(8, 3), "key": torch.full((8, 3), 0.5)}]
     flow = torch.tensor([[[1, 0], [0, 0], [1, 1], [0, -1]]], dtype=torch.int8)
-    return MotionBank.of(header, parts, torch.zeros(1, 2, 2, 4, 4), flow)
+    return MotionBank.from_steps(header, parts, torch.zeros(1, 2, 2, 4, 4), flow)
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF], ids=hex)
@@ -428,7 +431,7 @@ def test_a_bank_keeps_the_consecutive_flow_of_its_reference_and_what_it_comes_to
         assert torch.equal(learned.bank.flow[frame], displacement[frame, frame + 1])
     assert learned.bank.flow.dtype == torch.int8
     assert learned.bank.header.motion == motion_statistics(learned.bank.flow)
-    assert learned.bank.compacted(0.1).flow is learned.bank.flow
+    assert learned.bank.compressed(0.1).flow is learned.bank.flow
 
 
 @pytest.mark.parametrize(
@@ -540,7 +543,7 @@ def test_its_own_size_stretches_nothing(by_coordinates, backbone):
     bank = by_coordinates.bank
     same = bank.resized(backbone.layout, CLIP)
     for step in range(GUIDED_STEPS):
-        torch.testing.assert_close(same.change(step), bank.change(step))
+        torch.testing.assert_close(same.offsets(step), bank.offsets(step))
     torch.testing.assert_close(same.latents, bank.latents)
 
 
@@ -560,6 +563,20 @@ def test_another_grid_is_refused(rotary, rotary_backbone):
     with pytest.raises(BankMismatchError) as caught:
         generate(rotary_backbone, rotary.bank, size=(FRAMES, SIZE, SIZE + 8))
     assert caught.value.code == "bank-token-grid"
+
+
+def test_another_position_embedding_is_refused(rotary, rotary_backbone):
+    other = replace(rotary.bank, header=replace(rotary.bank.header, positions="additive"))
+    with pytest.raises(BankMismatchError) as caught:
+        generate(rotary_backbone, other)
+    assert caught.value.code == "bank-positions"
+
+
+def test_parts_that_the_models_positions_have_not_are_refused(rotary, rotary_backbone):
+    part = next(iter(rotary.bank.parts))
+    with pytest.raises(BankMismatchError) as caught:
+        generate(rotary_backbone, replace(rotary.bank, parts={part: rotary.bank.parts[part]}))
+    assert caught.value.code == "bank-parts"
 
 
 def test_another_number_of_steps_is_refused(rotary, rotary_backbone):

@@ -337,7 +337,7 @@ def test_the_position_is_warm_started_used_in_its_step_and_then_dropped(guided_p
     assert all(step.predict["position"] is None for step in plain)
     assert guided_position.result.bank is not None
     for number, step in enumerate((first, second)):
-        change = guided_position.result.bank.change(number)
+        change = guided_position.result.bank.offsets(number)
         learned = {part: own + change[part] for part, own in inputs.position.items()}
         assert same_position(step.predict["position"], learned)
 
@@ -347,25 +347,25 @@ def test_coordinates_are_warm_started_used_in_their_step_and_then_dropped(guided
     bank = guided_coordinates.result.bank
     assert bank is not None
     scheme = backbone.positions(inputs.grid)
-    moved = [scheme.apply(bank.change(step), "coordinates") for step in range(GUIDED_STEPS)]
+    moved = [scheme.apply(bank.offsets(step), "coordinates") for step in range(GUIDED_STEPS)]
     assert same_position(first.captures[0]["position"], inputs.position)
     assert same_position(first.predict["position"], moved[0])
     assert same_position(second.captures[0]["position"], moved[0])
     assert same_position(second.predict["position"], moved[1])
     assert all(step.predict["position"] is None for step in plain)
-    assert all((moves.abs().amax(dim=0) > 0).all() for moves in bank.change(0).values()), "t, y and x"
+    assert all((moves.abs().amax(dim=0) > 0).all() for moves in bank.offsets(0).values()), "t, y and x"
 
 
 def test_the_first_moves_are_of_the_learning_rate(backbone, inputs):
     result, _ = run_of(backbone, inputs, method_of(optimize="coordinates", iterations=1))
-    for moves in result.bank.change(0).values():
+    for moves in result.bank.offsets(0).values():
         torch.testing.assert_close(moves.abs().median(), torch.tensor(RATES[0]), rtol=1e-3, atol=0)
 
 
 def test_moves_that_cost_are_smaller_and_smoother(backbone, inputs):
     def last_moves(**weights: float) -> Tensor:
         result, _ = run_of(backbone, inputs, method_of(optimize="coordinates", **weights))
-        return next(iter(result.bank.change(GUIDED_STEPS - 1).values())).unflatten(
+        return next(iter(result.bank.offsets(GUIDED_STEPS - 1).values())).unflatten(
             0, (inputs.grid.frames, inputs.grid.height, inputs.grid.width)
         )
 

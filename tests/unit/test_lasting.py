@@ -181,7 +181,7 @@ def test_a_bank_depends_on_its_seed_its_drafts_and_what_they_show(rotary_backbon
     bank = bank_of(rotary_backbone, motion)
     assert bank.to_bytes() == bank_of(rotary_backbone, motion).to_bytes()
     others = [{"seed": 2}, {"drafts": 3}, {"more_prompts": ("a green star",)}, {"prompt": "a green star"}]
-    changes = [bank.change(1)["query"], *(bank_of(rotary_backbone, motion, **o).change(1)["query"] for o in others)]
+    changes = [bank.offsets(1)["query"], *(bank_of(rotary_backbone, motion, **o).offsets(1)["query"] for o in others)]
     assert len({value.numpy().tobytes() for value in changes}) == len(changes)
 
 
@@ -189,7 +189,7 @@ def test_adam_moves_every_token_by_the_rate_and_adam_mini_all_of_them_together(b
     motion, largest = extract_motion(backbone, moving_video, METHOD), {}
     for optimizer in ("adam", "adam-mini"):
         bank = bank_of(backbone, motion, optimizer=optimizer, iterations=1, averaged=False)
-        moves = torch.stack(list(bank.change(0).values()))
+        moves = torch.stack(list(bank.offsets(0).values()))
         torch.testing.assert_close(
             moves.square().mean(dim=1).sqrt(), torch.full(moves.shape[::2], 0.3), rtol=1e-2, atol=0
         )
@@ -207,8 +207,8 @@ def test_one_draft_measured_in_its_pass_is_the_papers_way(rotary_backbone, movin
     options = {"reference": motion, "size": CLIP, "sampling": SAMPLING, "seed": 1}
     made = transfer_motion(rotary_backbone, PROMPT, method=replace(method, preset="paper"), **options)
     for step in range(2):
-        for part, value in made.bank.change(step).items():
-            assert torch.equal(value, bank.change(step)[part])
+        for part, value in made.bank.offsets(step).items():
+            assert torch.equal(value, bank.offsets(step)[part])
 
 
 def test_only_what_learns_positions_has_drafts():

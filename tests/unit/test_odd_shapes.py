@@ -154,7 +154,7 @@ def test_a_bank_is_learned_written_read_and_reused_with_another_prompt(model, cl
     assert bank.header.grid == (grid.frames, grid.height, grid.width)
     assert bank.header.provenance["size"] == list(clip)
     default = own_position(model, grid)
-    for changes, written in ((bank.change(step), learned.change(step)) for step in range(2)):
+    for changes, written in ((bank.offsets(step), learned.offsets(step)) for step in range(2)):
         assert all(torch.equal(changes[part], written[part]) for part in written)
         assert all(rows_left_alone(changes[part], torch.zeros_like(default[part])) == 0 for part in default)
     reused = transfer_motion(model, "a green star", reference=bank, **settings)
@@ -173,7 +173,7 @@ def test_prompts_of_any_length_leave_the_video_tokens_alone(text_tokens):
         bank = transfer_motion(model, "a red ball", reference=motion, **settings).bank
         bank = MotionBank.from_bytes(bank.to_bytes())
         for part, value in own_position(model, motion.grid).items():
-            assert bank.change(0)[part].shape == value.shape == (motion.grid.tokens, value.shape[1])
+            assert bank.offsets(0)[part].shape == value.shape == (motion.grid.tokens, value.shape[1])
         assert transfer_motion(model, "a green star", reference=bank, **settings).video.shape == (*clip, 3)
 
 

@@ -469,7 +469,7 @@ def assert_same(came: Transferred, expected: Outcome, run: Run) -> None:
     assert_close(came.latents, expected.latents)
     if run.optimize == "position" and expected.losses:
         for step, expected_position in enumerate(expected.positions):
-            changes = came.bank.change(step)
+            changes = came.bank.offsets(step)
             assert changes.keys() == expected_position.keys()
             for part, value in expected_position.items():
                 assert_close(expected.own[part] + changes[part], value)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float32, UInt8
 
 from ditflow.errors import SettingsError
 from ditflow.layout import LatentLayout
+from ditflow.media.optical_flow import dis_flow, follow, is_inside
 from ditflow.motion.target import MotionTarget
 from ditflow.parts import setting
 from ditflow.types import TokenGrid
@@ -91,12 +92,11 @@ class _Followed:
         self._shape, self._largest_error = grey[0].shape, settings.lost_from
         by = settings.enlarged
         large = [cv2.resize(picture, None, fx=by, fy=by, interpolation=cv2.INTER_CUBIC) for picture in grey]
-        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        flow.setFinestScale(0)
+        flow = dis_flow()
         size = (self._shape[1], self._shape[0])
 
         def between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-            return cv2.resize(flow.calc(before, after, None), size, interpolation=cv2.INTER_AREA) / by
+            return cv2.resize(flow(before, after), size, interpolation=cv2.INTER_AREA) / by
 
         self._flows = {
             1: [between(large[t], large[t + 1]) for t in range(len(large) - 1)],
@@ -108,22 +108,16 @@ class _Followed:
 
         Returns places and which points are still seen. A point that is lost moves on with the flow at its place.
         """
-        found, points, seen = [], starts.reshape(-1, 2), np.ones(starts.shape[0] * starts.shape[1], bool)
+        found, points, seen = [], starts, np.ones(starts.shape[:2], bool)
         direction, at = (1 if ends and ends[0] > start else -1), start
         for end in ends:
             while at != end:
                 step = at if direction == 1 else at - 1
-                arrived = points + _at(self._flows[direction][step], points)
-                returned = arrived + _at(self._flows[-direction][step], arrived)
-                seen = seen & (np.hypot(*(returned - points).T) <= self._largest_error) & self._inside(arrived)
-                points, at = arrived, at + direction
-            found.append((points.reshape(starts.shape), seen.reshape(starts.shape[:2])))
+                points, error = follow(points, self._flows[direction][step], self._flows[-direction][step])
+                seen = seen & (error <= self._largest_error) & is_inside(points, *self._shape)
+                at += direction
+            found.append((points, seen))
         return found
-
-    def _inside(self, points: Float32[np.ndarray, "points 2"]) -> Bool[np.ndarray, " points"]:
-        height, width = self._shape
-        x, y = points.T
-        return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def _patch_points(grid: TokenGrid, height: int, width: int, per_side: int) -> Points:
@@ -134,8 +128,3 @@ def _patch_points(grid: TokenGrid, height: int, width: int, per_side: int) -> Po
     )
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(grid.height, per_side, grid.width, per_side, 2)
     return np.ascontiguousarray(points.transpose(0, 2, 1, 3, 4).reshape(grid.patches, per_side**2, 2))
-
-
-def _at(field: Float32[np.ndarray, "height width 2"], points: Float32[np.ndarray, "points 2"]) -> np.ndarray:
-    """Bilinear values of a field at points; outside it, those of its edge."""
-    return cv2.remap(field, points[:, None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
