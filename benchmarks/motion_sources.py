@@ -42,8 +42,10 @@ SOURCES = {
     "attention": method(),
     "attention, all entries": method(loss={"entries": "all"}),
     "optical flow": method("optical_flow"),
+    "optical flow, what rests is compared": method({"optical_flow": {"rest": 0.0}}),
     "optical flow, lost entries count": method({"optical_flow": {"lost": 1.0}}),
-    "optical flow, middle frame": method({"optical_flow": {"frame": "middle"}}),
+    "optical flow, last frame": method({"optical_flow": {"frame": "last"}}),
+    "optical flow, enlarged 3 times": method({"optical_flow": {"enlarged": 3.0}}),
 }
 MASKS = {
     "attention, mask": method(mask=True),

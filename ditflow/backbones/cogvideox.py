@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ditflow.backbones.positions import AdditivePositions, RotaryPositions, Sinu
 from ditflow.errors import SettingsError
 from ditflow.layout import LatentLayout
 from ditflow.settings import ExecutionSettings, ModelDefaults, ResolvedSampling
-from ditflow.types import TokenGrid, check_finite
+from ditflow.types import PositionEmbedding, TokenGrid, check_finite
 
 PIPELINES = ("CogVideoXPipeline",)
 """Pipeline classes that this module supports."""
@@ -265,12 +265,7 @@ class CogVideoX(HookedBackbone):
             t, yx = cos.shape[1] // 8, cos.shape[1] // 8 * 3 // 2
             axes = ((0, t), (1, yx), (2, yx))
             return RotaryPositions(cos, sin, lambda: Sinusoids.from_embedding(cos, sin, axes, grid))
-        embed, patch = self.transformer.patch_embed, self.layout.patch[1]
-        pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
-        joint = embed._get_positional_embeddings(
-            grid.height * patch, grid.width * patch, pixel_frames, device=self.device
-        )
-        embedding = joint[0, embed.max_text_seq_length :].float()
+        embedding = self._additive_embedding(grid)
         t, yx = embedding.shape[1] // 8, embedding.shape[1] // 8 * 3 // 2
         axes = ((0, t), (2, yx), (1, yx))
         widths = [count for _, count in axes for _ in ("sin", "cos")]
@@ -282,6 +277,15 @@ class CogVideoX(HookedBackbone):
             cos, sin = (part.float() for part in self._rotary_embedding(grid))
             self._latest_rotation = (grid, (cos, sin))
         return self._latest_rotation[1]
+
+    def _additive_embedding(self, grid: TokenGrid) -> Tensor:
+        """Return the model's own additive embedding [S, D] of the video tokens (2B)."""
+        embed, patch = self.transformer.patch_embed, self.layout.patch[1]
+        pixel_frames = (grid.frames - 1) * embed.temporal_compression_ratio + 1
+        joint = embed._get_positional_embeddings(
+            grid.height * patch, grid.width * patch, pixel_frames, device=self.device
+        )
+        return joint[0, embed.max_text_seq_length :].float()
 
     def _rotary_embedding(self, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         size, config = (grid.height, grid.width), self.transformer.config
@@ -308,22 +312,23 @@ class CogVideoX(HookedBackbone):
 
     def forward(self, latents: Tensor, level: NoiseLevel, condition: Tensor, hooks: PassHooks | None) -> Tensor:
         """Call the transformer."""
-        batch = len(condition)
-        return self.transformer(
-            hidden_states=latents.to(self.dtype).expand(batch, -1, -1, -1, -1),
-            encoder_hidden_states=condition,
-            timestep=torch.full((batch,), level.timestep, device=self.device),
-            image_rotary_emb=self._rotation(self.layout.grid(latents.shape)) if self._rotary else None,
-            return_dict=False,
-        )[0]
+        batch, grid = len(condition), self.layout.grid(latents.shape)
+        position = hooks.position if hooks else None
+        if not self._rotary and position is None and condition.shape[1] != self.transformer.config.max_text_seq_length:
+            # Diffusers adds one embedding to text and video, and so takes prompts of this one length only.
+            position = {"additive": self._additive_embedding(grid)}
+        with nullcontext() if self._rotary or position is None else self._position_added(position):
+            return self.transformer(
+                hidden_states=latents.to(self.dtype).expand(batch, -1, -1, -1, -1),
+                encoder_hidden_states=condition,
+                timestep=torch.full((batch,), level.timestep, device=self.device),
+                image_rotary_emb=self._rotation(grid) if self._rotary else None,
+                return_dict=False,
+            )[0]
 
     @contextmanager
-    def override_position(self, hooks: PassHooks) -> Iterator[None]:
-        """Add the hooks' position to the video tokens in place of the model's additive embedding (2B)."""
-        position = hooks.position
-        if self._rotary or position is None:
-            yield
-            return
+    def _position_added(self, position: PositionEmbedding) -> Iterator[None]:
+        """Add a position to the video tokens in place of the model's additive embedding (2B)."""
         embed = self.transformer.patch_embed
 
         def add_position(_: Any, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -125,10 +125,6 @@ class HookedBackbone(ABC):
         """Join conditions into one batch."""
         return torch.cat(list(conditions))
 
-    def override_position(self, hooks: PassHooks) -> AbstractContextManager[None]:
-        """Apply the hooks' position outside of the attention, for families that need it."""
-        return nullcontext()
-
     # ------------------------------------------------------------------ the passes of the contract
 
     def predict(
@@ -177,7 +173,6 @@ class HookedBackbone(ABC):
         with ExitStack() as stack:
             for index in range(len(self.blocks)):
                 stack.enter_context(self._hooked_block(index, hooks))
-            stack.enter_context(self.override_position(hooks))
             stack.enter_context(self._checkpointed(hooks, self.layout.grid(latents.shape).tokens))
             try:
                 return self.forward(latents, level, condition, hooks)

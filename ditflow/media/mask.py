@@ -50,20 +50,24 @@ def read_mask(
         )
         return (clip.frames.mean(axis=-1) >= _INSIDE).astype(np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{name}: it cannot be read as a mask: {error}") from error
+        raise VideoError(f"{name}: it cannot be read as a mask: {error}", code="mask-undecodable") from error
     if picture.width * picture.height > _MOST_PIXELS:
-        raise VideoError(f"{name}: it has {picture.width}x{picture.height} pixels, more than the accepted 8192x8192")
+        raise VideoError(
+            f"{name}: it has {picture.width}x{picture.height} pixels, more than the accepted 8192x8192",
+            code="mask-too-large",
+        )
     wanted = range(start, start + stride * (frames - 1) + 1, stride)
     try:
         count = getattr(picture, "n_frames", 1)
         shown = islice(ImageSequence.Iterator(picture), wanted.stop)
         numbers = [_numbers(frame) for number, frame in enumerate(shown) if count == 1 or number in wanted]
     except (OSError, ValueError, SyntaxError) as error:
-        raise VideoError(f"{name}: it is damaged: {error}") from error
+        raise VideoError(f"{name}: it is damaged: {error}", code="mask-undecodable") from error
     if len(numbers) != (1 if count == 1 else frames):
         raise VideoError(
             f"{name}: it has {count} frames, too few for {frames} from {start} with stride {stride}: expected one "
-            "frame, or as many as the reference has"
+            "frame, or as many as the reference has",
+            code="mask-too-short",
         )
     return np.stack([_fitted(frame, height, width, fit) for frame in numbers])
 

@@ -96,18 +96,22 @@ class MotionReference:
 
     def check_fits(self, backbone: Backbone, grid: TokenGrid, method: ResolvedMethod) -> None:
         """Raise ArtifactError unless this reference serves this model, grid and method."""
-        for what, own, wanted in (
-            ("model revision", self.model_revision, backbone.revision),
-            ("token grid", self.grid, grid),
-            ("loss", self.loss, method.name if method.has_loss else self.loss),
+        for what, code, own, wanted in (
+            ("model revision", "motion-model-revision", self.model_revision, backbone.revision),
+            ("token grid", "motion-token-grid", self.grid, grid),
+            ("loss", "motion-loss", self.loss, method.name if method.has_loss else self.loss),
         ):
             if own != wanted:
-                raise ArtifactError(f"motion reference: its {what} is {own}, needed is {wanted}: extract it again")
+                raise ArtifactError(
+                    f"motion reference: its {what} is {own}, needed is {wanted}: extract it again", code=code
+                )
         blocks = method.blocks if method.has_loss else ()
         if missing := [block for block in blocks if block not in self.payloads]:
             raise ArtifactError(
                 f"motion reference: it has the motion of blocks {list(self.payloads)}, needed are also {missing}: "
-                "extract it again"
+                "extract it again",
+                code="motion-blocks",
+                key="method.blocks",
             )
 
 

@@ -77,15 +77,16 @@ def test_a_mask_is_cropped_like_its_reference(fit, columns):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "code"),
     [
-        (picture(objects(3), "TIFF", "L"), "3 frames, too few for 5"),
-        (picture(objects(1))[:90], "cannot be read as a mask"),
-        (picture(objects(1), mode="L")[:80], "damaged"),
-        (b"no picture", "the mask"),
+        (picture(objects(3), "TIFF", "L"), "mask-too-short"),
+        (picture(objects(1))[:90], "mask-undecodable"),
+        (picture(objects(1), mode="L")[:80], "mask-undecodable"),
+        (b"no picture", "video-undecodable"),
     ],
     ids=["short", "cut in its header", "cut", "text"],
 )
-def test_what_is_no_mask_of_this_reference_is_refused(data, said):
-    with pytest.raises(VideoError, match=said):
+def test_what_is_no_mask_of_this_reference_is_refused(data, code):
+    with pytest.raises(VideoError, match="^the mask") as caught:
         read_mask(data, **SIZE, name="the mask")
+    assert caught.value.code == code

@@ -27,7 +27,7 @@ def panned(frames: int, height: int, width: int, right: float, down: float) -> n
 @pytest.mark.parametrize(("right", "down"), [(1.0, 0.0), (-0.5, 1.5), (0.0, 0.0)])
 @pytest.mark.parametrize("frame", ["first", "middle", "last"])
 def test_a_pan_displaces_every_visible_patch_by_its_pixels(right, down, frame):
-    target = OpticalFlowSource(frame=frame).target(panned(9, 64, 96, right, down), LAYOUT)
+    target = OpticalFlowSource(frame=frame, rest=0).target(panned(9, 64, 96, right, down), LAYOUT)
     shown = [{"first": group[0], "middle": group[len(group) // 2], "last": group[-1]}[frame] for group in
              LAYOUT.frames_of_tokens(9)]  # fmt: skip
     for i in range(3):
@@ -41,13 +41,20 @@ def test_a_pan_displaces_every_visible_patch_by_its_pixels(right, down, frame):
 
 
 def test_patches_that_leave_the_picture_do_not_count():
-    target = OpticalFlowSource().target(panned(9, 64, 96, 3.0, 0.0), LAYOUT)
+    target = OpticalFlowSource(frame="last").target(panned(9, 64, 96, 3.0, 0.0), LAYOUT)
     columns = target.weight[0, 2].view(4, 6)
     assert columns[:, :4].mean() == 1
     assert columns[:, 5].sum() == 0, "8 frames of 3 pixels carry the last 16 pixels out"
-    kept = OpticalFlowSource(lost=0.25).target(panned(9, 64, 96, 3.0, 0.0), LAYOUT)
+    kept = OpticalFlowSource(frame="last", lost=0.25).target(panned(9, 64, 96, 3.0, 0.0), LAYOUT)
     assert kept.weight[0, 2].view(4, 6)[:, 5].unique().tolist() == [0.25]
     assert torch.equal(kept.displacement, target.displacement)
+
+
+def test_what_moves_by_less_than_half_a_patch_rests():
+    """4 frames of 1 pixel are a quarter of a patch, 8 frames half of one."""
+    target = OpticalFlowSource(frame="last", rest=0.45).target(panned(9, 64, 96, 1.0, 0.0), LAYOUT)
+    assert not target.displacement[0, 1].any()
+    assert target.displacement[0, 2][target.weight[0, 2] > 0].norm(dim=-1).median() > 0.45
 
 
 def test_a_frame_is_not_displaced_against_itself():
@@ -58,7 +65,7 @@ def test_a_frame_is_not_displaced_against_itself():
 
 
 def test_the_end_point_error_on_the_world_is_a_third_of_a_patch():
-    """On patches of the sprite: METHODS has 0.29 on other clips."""
+    """On what moves by more than half a patch."""
     errors = []
     for seed in range(6):
         clip = render(sample_scene(seed, split="eval", sprites=1), 17, 64, 64)
@@ -82,6 +89,7 @@ def target_grid(target) -> tuple[int, int, int]:
         ({"points_per_side": 0}, "points_per_side"),
         ({"lost_from": 0.0}, "lost_from"),
         ({"lost": 1.5}, "lost"),
+        ({"rest": -0.5}, "rest"),
     ],
 )
 def test_values_that_it_cannot_have_are_refused(options, key):

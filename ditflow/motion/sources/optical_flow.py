@@ -37,13 +37,16 @@ class OpticalFlowSource:
     frame: which of the video frames of a token frame stands for it.
     lost_from: pixels by which a point misses its place after a step forward and back, from which on it is lost.
     lost: weight of a displacement of which most points are lost or out of the picture.
+    rest: patches; a shorter displacement is 0. Flow is never exactly 0 where nothing moves, and a loss that compares
+        only what moves would compare everything.
     """
 
     enlarged: float = setting(2.0, extraction=True)
     points_per_side: int = setting(4, extraction=True)
-    frame: Literal["first", "middle", "last"] = setting("last", extraction=True)
+    frame: Literal["first", "middle", "last"] = setting("middle", extraction=True)
     lost_from: float = setting(0.5, extraction=True)
     lost: float = setting(0.0, extraction=True)
+    rest: float = setting(0.5, extraction=True)
 
     name: ClassVar[str] = "optical_flow"
     uses_model: ClassVar[bool] = False
@@ -57,6 +60,8 @@ class OpticalFlowSource:
             raise SettingsError("lost_from", self.lost_from, "a number of pixels above 0")
         if not 0 <= self.lost <= 1:
             raise SettingsError("lost", self.lost, "a weight, 0 to 1")
+        if not 0 <= self.rest < math.inf:
+            raise SettingsError("rest", self.rest, "a number of patches, 0 or more")
 
     def target(self, video: UInt8[np.ndarray, "time height width 3"], layout: LatentLayout) -> MotionTarget:
         """Return the motion of an RGB video, for a model of this layout.
@@ -77,6 +82,7 @@ class OpticalFlowSource:
                 ):
                     displacement[i, j] = np.median(places - starts, axis=1) / side
                     weight[i, j] = np.where(seen.mean(axis=1) > 0.5, 1.0, self.lost)
+        displacement[np.linalg.norm(displacement, axis=-1) < self.rest] = 0
         return MotionTarget(torch.from_numpy(displacement), torch.from_numpy(weight))
 
 
