@@ -82,7 +82,7 @@ def test_a_mask_is_cropped_like_its_reference(fit, columns):
         (picture(objects(3), "TIFF", "L"), "mask-too-short"),
         (picture(objects(1))[:90], "mask-undecodable"),
         (picture(objects(1), mode="L")[:80], "mask-undecodable"),
-        (b"no picture", "video-undecodable"),
+        (b"no picture", "not-a-video"),
     ],
     ids=["short", "cut in its header", "cut", "text"],
 )

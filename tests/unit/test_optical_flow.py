@@ -27,7 +27,7 @@ def panned(frames: int, height: int, width: int, right: float, down: float) -> n
 @pytest.mark.parametrize(("right", "down"), [(1.0, 0.0), (-0.5, 1.5), (0.0, 0.0)])
 @pytest.mark.parametrize("frame", ["first", "middle", "last"])
 def test_a_pan_displaces_every_visible_patch_by_its_pixels(right, down, frame):
-    target = OpticalFlowSource(frame=frame, rest=0).target(panned(9, 64, 96, right, down), LAYOUT)
+    target = OpticalFlowSource(frame=frame, rest=0.0).target(panned(9, 64, 96, right, down), LAYOUT)
     shown = [{"first": group[0], "middle": group[len(group) // 2], "last": group[-1]}[frame] for group in
              LAYOUT.frames_of_tokens(9)]  # fmt: skip
     for i in range(3):
