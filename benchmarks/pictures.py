@@ -5,8 +5,11 @@
     loss.png        the loss over all iterations of the guided steps
     variables.png   one reference, followed by everything that can be optimised, and by nothing
     bank.png        one lasting bank and three prompts, nothing optimised
+    mask.png        a reference of two sprites, and videos that follow one or the other
+    natural.png     a natural clip, and a video that follows its optical flow
 
-All from seeds, into docs/pictures; names on the command line make some of them. Some three minutes on two cores.
+All from seeds, into docs/pictures; names on the command line make some of them. Some four minutes on two cores.
+natural.png is made only with `--clip`. The clip itself is not shown: it may be nobody's to publish.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from ditflow.backbones.contract import CLEAN, Backbone
 from ditflow.losses.amf import AttentionMotionFlowLoss
 from ditflow.media.plot import contact_sheet, pixel_frame, plot_losses, plot_transfer
 from ditflow.media.video import read_video
+from ditflow.mini.world import render, sample_pair
 from ditflow.motion.amf import hard_displacement, soft_displacement
 from ditflow.motion.reference import extract_motion
-from ditflow.settings import MethodSettings
+from ditflow.settings import MethodSettings, MotionSettings
 from ditflow.transfer import Transferred, learn_bank, transfer_motion
 from ditflow.types import QueriesKeys, TokenGrid
 from jobs.clips import render_clips
@@ -45,6 +49,8 @@ BANK_JOB = ROOT / "jobs" / "quickstart-bank.yaml"
 """Whose prompts a bank is learned with, after this one:"""
 BANK_PROMPT = "a red ball moving over the grass"
 REUSED = (PROMPT, "a blue square moving over the sand", "a white ball moving over the bricks")
+MASK_SEED = 501
+NATURAL_PROMPT = "a red ball moving over the bricks"
 PATCH = (4, 7)
 """The patch of attention.png, as x and y: on the reference's ring in its first frame."""
 
@@ -110,6 +116,31 @@ def draw_bank(path: Path) -> None:
     contact_sheet(rows, path, columns=5)
 
 
+def draw_mask(path: Path) -> None:
+    scene, _ = sample_pair(MASK_SEED, "eval", sprites=2)
+    clip = render(scene)
+    rows = [("reference", clip.frames)]
+    for number, sprite in enumerate(scene.sprites):
+        method = MethodSettings(motion=MotionSettings("attention", ("mask",)))
+        mask = clip.masks[number].astype(np.uint8)
+        made = transfer_motion(model(), PROMPT, reference=clip.frames, mask=mask, method=method, seed=SEED).video
+        assert made is not None
+        look = sprite.appearance
+        rows.append((f"mask of the {look.colour} {look.texture} {look.shape}: {PROMPT}", made))
+    contact_sheet(rows, path, columns=5)
+
+
+def draw_natural(path: Path, clip: Path) -> None:
+    seen = read_video(clip, frames=17, height=64, width=64).frames
+    method = MethodSettings(motion=MotionSettings("optical_flow"))
+    made = transfer_motion(model(), NATURAL_PROMPT, reference=seen, method=method, seed=SEED)
+    motion, guided = made.motion_reference, made.video
+    assert motion is not None and guided is not None
+    grid = (motion.grid.frames, motion.grid.height, motion.grid.width)
+    whole = motion.displacement.float().round().long().numpy()
+    plot_transfer(None, whole, grid, guided, path, title=f"{clip.stem}: {NATURAL_PROMPT}")
+
+
 def draw_attention(path: Path) -> None:
     """Attention of one patch of the first frame, in each frame, with its best and its expected match."""
     attention, grid = attention_of_reference()
@@ -160,6 +191,7 @@ DRAWN: Mapping[str, Callable[[Path], None]] = {
     "loss": draw_losses,
     "variables": draw_variables,
     "bank": draw_bank,
+    "mask": draw_mask,
 }
 
 
@@ -175,7 +207,13 @@ def shrink(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of README and docs.")
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(DRAWN)} (default: all)")
-    names = parser.parse_args().names or list(DRAWN)
+    parser.add_argument("--clip", type=Path, help="draws natural.png, and nothing else")
+    asked = parser.parse_args()
+    if asked.clip is not None:
+        draw_natural(PICTURES / "natural.png", asked.clip)
+        shrink(PICTURES / "natural.png")
+        return
+    names = asked.names or list(DRAWN)
     if unknown := sorted(set(names) - set(DRAWN)):
         parser.error(f"{', '.join(unknown)} is not valid: expected some of {', '.join(DRAWN)}")
     for name in names:

@@ -107,7 +107,7 @@ def plot_consecutive_flow(
 
 
 def plot_transfer(
-    reference: np.ndarray,
+    reference: np.ndarray | None,
     displacement: np.ndarray,
     grid: tuple[int, int, int],
     generated: np.ndarray,
@@ -117,26 +117,29 @@ def plot_transfer(
 ) -> None:
     """Draw a reference, its attention motion flow and the generated video, as a PNG at `path`.
 
-    reference, generated: uint8 [T, H, W, 3] RGB; displacement and grid as in `plot_flow`. One column for each of up
-    to `columns` evenly spaced latent frames; the flow is from a column's frame to the next column's, and in the last
-    column from the first frame to the last. Raises PlotError and OSError as `plot_flow` does.
+    reference, generated: uint8 [T, H, W, 3] RGB; without a reference its row is left out. displacement and grid as in
+    `plot_flow`. One column for each of up to `columns` evenly spaced latent frames; the flow is from a column's frame to
+    the next column's, and in the last column from the first frame to the last. Raises PlotError and OSError as
+    `plot_flow` does.
     """
     displacement = _checked_displacement(displacement, grid)
-    _check_frames("reference", reference)
     _check_frames("generated", generated)
+    if reference is not None:
+        _check_frames("reference", reference)
     shown = _evenly_spaced(grid[0], columns)
     pairs = [*pairwise(shown), (shown[0], shown[-1])]
     drawn = _Flow.of(displacement, pairs, grid)
-    figure, (above, middle, below) = _panels(3, len(shown), reference.shape[1:3])
-    for frame, upper, lower in zip(shown, above, below, strict=True):
-        for axes, video in ((upper, reference), (lower, generated)):
-            number = pixel_frame(frame, len(video), grid[0])
-            axes.set_title(f"frame {number}", color=_INK, fontsize=9, pad=4)
-            axes.imshow(video[number], interpolation="nearest")
-    for axes, pair in zip(middle, pairs, strict=True):
-        _draw_flow(axes, reference, drawn, pair)
+    figure, rows = _panels(2 if reference is None else 3, len(shown), generated.shape[1:3])
+    for row, video in ((rows[0], reference), (rows[-1], generated)):
+        if video is not None:
+            for frame, axes in zip(shown, row, strict=True):
+                number = pixel_frame(frame, len(video), grid[0])
+                axes.set_title(f"frame {number}", color=_INK, fontsize=9, pad=4)
+                axes.imshow(video[number], interpolation="nearest")
+    for axes, pair in zip(rows[-2], pairs, strict=True):
+        _draw_flow(axes, np.zeros_like(generated) if reference is None else reference, drawn, pair)
     _write_headings(figure, title or "Motion transfer", drawn)
-    _label_rows([above, middle, below], ("reference", "its motion flow", "generated"))
+    _label_rows(rows, ("reference", "its motion flow", "generated")[-len(rows) :])
     _draw_wheel(figure, drawn.largest)
     _save(figure, path)
 

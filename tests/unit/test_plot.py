@@ -410,6 +410,17 @@ def test_a_transfer_shows_the_reference_its_flow_and_the_result(tmp_path):
     assert arrows == [False, True, False], "the flow from the second latent frame to the third"
 
 
+def test_a_transfer_without_its_reference_has_two_rows(tmp_path):
+    flow = still()
+    flow[1, 2, 2 * 8 + 1] = (4, 0)
+    generated = black()
+    generated[8, :, :, 1] = 200
+    plot.plot_transfer(None, flow, GRID, generated, tmp_path / "transfer.png")
+    picture = load(tmp_path / "transfer.png")
+    assert [is_red(panel(picture, 0, column)).any() for column in range(3)] == [False, True, False]
+    np.testing.assert_allclose(panel(picture, 1, 2).mean((0, 1)), [0, 200, 0], atol=6)
+
+
 def test_the_last_column_shows_the_flow_from_the_first_frame_to_the_last(tmp_path):
     flow = still((5, 8, 8))
     flow[0, 4, 0] = (4, 0)
