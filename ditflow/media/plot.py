@@ -118,8 +118,8 @@ def plot_transfer(
     """Draw a reference, its attention motion flow and the generated video, as a PNG at `path`.
 
     reference, generated: uint8 [T, H, W, 3] RGB; without a reference its row is left out. displacement and grid as in
-    `plot_flow`. One column for each of up to `columns` evenly spaced latent frames; the flow is from a column's frame to
-    the next column's, and in the last column from the first frame to the last. Raises PlotError and OSError as
+    `plot_flow`. One column for each of up to `columns` evenly spaced latent frames; the flow is from a column's frame
+    to the next column's, and in the last column from the first frame to the last. Raises PlotError and OSError as
     `plot_flow` does.
     """
     displacement = _checked_displacement(displacement, grid)
