@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import av
 import cv2
@@ -149,12 +149,12 @@ def is_selection(value: Any) -> bool:
     counts = {"frames", "height", "width", "stride"}
     return (
         isinstance(value, dict)
-        and value.keys() - {"deinterlace"} == counts | {"start", "fit"}
+        and value.keys() == counts | {"start", "fit", "deinterlace"}
         and all(type(value[key]) is int and 0 < value[key] < 2**31 for key in counts)
         and type(value["start"]) is int
         and 0 <= value["start"] < 2**31
         and value["fit"] in ("crop", "stretch")
-        and value.get("deinterlace", "off") == "off"
+        and value["deinterlace"] in get_args(Deinterlacing)
     )
 
 

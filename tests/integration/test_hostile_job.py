@@ -46,7 +46,7 @@ def finished(folder, cluster) -> Path:
     """The folder after a job that extracts the motion of every file."""
     references = {"uri": str(folder / "references"), "glob": "*", **READ}
     # All entries: at this size the embedded model sees no motion in some of these clips, which would be an error too.
-    method = {"name": "ditflow", "loss_entries": "all", "guided_steps": 2}
+    method = {"name": "ditflow", "loss": {"entries": "all"}, "guided_steps": 2}
     run(write_spec(folder, kind="extract", prompts=[], references=references, method=method, faults=PATIENT))
     return folder
 
