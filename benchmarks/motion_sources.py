@@ -43,9 +43,7 @@ SOURCES = {
     "attention, all entries": method(loss={"entries": "all"}),
     "optical flow": method("optical_flow"),
     "optical flow, what rests is compared": method({"optical_flow": {"rest": 0.0}}),
-    "optical flow, lost entries count": method({"optical_flow": {"lost": 1.0}}),
-    "optical flow, last frame": method({"optical_flow": {"frame": "last"}}),
-    "optical flow, enlarged 3 times": method({"optical_flow": {"enlarged": 3.0}}),
+    "optical flow, lost from half a pixel": method({"optical_flow": {"lost_from": 0.5}}),
 }
 MASKS = {
     "attention, mask": method(mask=True),
@@ -112,7 +110,7 @@ PARTS = {"sources": (source_scores, SOURCES), "masks": (mask_scores, MASKS)}
 
 
 def main() -> None:
-    """Measure the parts that are asked for and write the results, beside those of the others."""
+    """Measure the parts that are asked for and write the results, beside those of the other parts and ways."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion_sources", description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--ways", nargs="+", help="of the parts (default: all)")
@@ -128,9 +126,11 @@ def main() -> None:
             chosen = [way for way in ways if asked.ways is None or way in asked.ways]
             seeds = range(PART_SEED[part], PART_SEED[part] + asked.pairs)
             rows = summary(Bench(len(seeds), pool).scores(partial(score, asked.model, chosen), seeds, part))
-            about = {"command": command(), "commit": commit(), "machine": machine()}
-            measured = datetime.now(UTC).isoformat(timespec="seconds")
-            results[part] = {**about, "measured": measured, "model": asked.model, "rows": rows}
+            measured = {"commit": commit(), "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+            about = {"command": command(), "machine": machine(), "model": asked.model}
+            kept = results.get(part, {}).get("rows", {})  # of ways that were not asked for now
+            rows_now = {way: {**measured, **row} for way, row in rows.items()}
+            results[part] = {**about, "rows": {**kept, **rows_now}}
             write_json(asked.out, results)
             for way, row in rows.items():
                 found = "  ".join(f"{n} {f['mean']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for n, f in row.items())

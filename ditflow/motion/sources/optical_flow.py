@@ -35,7 +35,8 @@ class OpticalFlowSource:
     enlarged: by how much pictures are enlarged before their flow is found: small things move by more pixels then.
     points_per_side: points of a patch along each side.
     frame: which of the video frames of a token frame stands for it.
-    lost_from: pixels by which a point misses its place after a step forward and back, from which on it is lost.
+    lost_from: pixels by which a point misses its place after a step forward and back, from which on it is lost. On
+        surfaces without texture many points miss theirs by a pixel, and their displacement is right all the same.
     lost: weight of a displacement of which most points are lost or out of the picture.
     rest: patches; a shorter displacement is 0. Flow is never exactly 0 where nothing moves, and a loss that compares
         only what moves would compare everything.
@@ -44,7 +45,7 @@ class OpticalFlowSource:
     enlarged: float = setting(2.0, extraction=True)
     points_per_side: int = setting(4, extraction=True)
     frame: Literal["first", "middle", "last"] = setting("middle", extraction=True)
-    lost_from: float = setting(0.5, extraction=True)
+    lost_from: float = setting(2.0, extraction=True)
     lost: float = setting(0.0, extraction=True)
     rest: float = setting(0.5, extraction=True)
 
