@@ -149,12 +149,12 @@ def is_selection(value: Any) -> bool:
     counts = {"frames", "height", "width", "stride"}
     return (
         isinstance(value, dict)
-        and value.keys() == counts | {"start", "fit", "deinterlace"}
+        and value.keys() - {"deinterlace"} == counts | {"start", "fit"}
         and all(type(value[key]) is int and 0 < value[key] < 2**31 for key in counts)
         and type(value["start"]) is int
         and 0 <= value["start"] < 2**31
         and value["fit"] in ("crop", "stretch")
-        and value["deinterlace"] in get_args(Deinterlacing)
+        and value.get("deinterlace", "bwdif") in get_args(Deinterlacing)
     )
 
 

@@ -247,7 +247,7 @@ def bare(header: dict, tensors: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
-USED = {"frames": 9, "height": 32, "width": 32, "start": 0, "stride": 2, "fit": "crop", "deinterlace": "bwdif"}
+USED = {"frames": 9, "height": 32, "width": 32, "start": 0, "stride": 2, "fit": "crop"}
 DAMAGED = {
     "no format": (lambda bank: with_header(bank, format=None), "format None"),
     "a grid of text": (lambda bank: with_header(bank, grid="abc"), "grid 'abc'"),
@@ -329,10 +329,12 @@ DAMAGED = {
 }  # fmt: skip
 
 
-def test_a_bank_tells_which_frames_of_which_reference_it_was_learned_of(learned):
-    provenance = {**learned.bank.header.provenance, "reference_video": USED}
-    bank = replace(learned.bank, header=replace(learned.bank.header, provenance=provenance))
-    assert MotionBank.from_bytes(bank.to_bytes()).header.provenance["reference_video"] == USED
+@pytest.mark.parametrize("deinterlace", [{}, {"deinterlace": "bwdif"}, {"deinterlace": "off"}], ids=str)
+def test_a_bank_tells_which_frames_of_which_reference_it_was_learned_of(rotary, deinterlace):
+    used = {**USED, **deinterlace}
+    provenance = {**rotary.bank.header.provenance, "reference_video": used}
+    bank = replace(rotary.bank, header=replace(rotary.bank.header, provenance=provenance))
+    assert MotionBank.from_bytes(bank.to_bytes()).header.provenance["reference_video"] == used
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
